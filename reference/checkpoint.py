@@ -1,0 +1,163 @@
+"""Reading and writing checkpoints: `.safetensors`, or `.pth`/`.pt` without code in them.
+
+A file is trusted in nothing: it is checked against the model tensor by tensor before a weight is used. Released DiM
+files use the names of the library they were trained with; `published_name` says which tensor of ours each one is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mdm.plugins.errors import InputError
+from mdm.reference.backbone import resize_position
+from mdm.reference.config import Config, load_config
+from mdm.reference.dim import DiM
+from mdm.reference.multimodal import MDM
+
+# Our name -> the name in a released DiM file, longest rule first. Tensors have equal shapes on both sides.
+PUBLISHED: tuple[tuple[str, str], ...] = (
+    (r"patch_in\.", "pos_embed.proj."),
+    (r"patch_out\.", "proj_out_2."),
+    (r"backbone\.position$", "additional_embed"),
+    (r"backbone\.sep$", "a4m_adapter.pad_token_dec_split"),
+    (r"backbone\.pad$", "a4m_adapter.pad_token"),
+    (r"backbone\.conv_in\.", "a4m_adapter.first_smoother."),
+    (r"backbone\.conv_out\.", "a4m_adapter.last_smoother."),
+    (r"backbone\.time_in\.", "adaln_single.emb.timestep_embedder.linear_1."),
+    (r"backbone\.time_out\.", "adaln_single.emb.timestep_embedder.linear_2."),
+    (r"backbone\.class_embed\.", "adaln_single.emb.class_embedder.embedding_table."),
+    (r"backbone\.modulation\.", "adaln_single.linear."),
+    (r"backbone\.class_token\.", "label_emb."),
+    (r"backbone\.norm_out\.", "norm_out.norm."),
+    (r"backbone\.modulation_out\.", "proj_out_1."),
+    (r"backbone\.blocks\.(\d+)\.modulation$", r"transformer_blocks.\1.scale_shift_table"),
+    (r"backbone\.blocks\.(\d+)\.norm\.", r"transformer_blocks.\1.norm1.norm."),
+    (r"backbone\.blocks\.(\d+)\.mixers\.0\.", r"transformer_blocks.\1.attn1."),
+    (r"backbone\.blocks\.(\d+)\.skip\.both\.", r"transformer_blocks.\1.skip_linear."),
+    (r"backbone\.blocks\.(\d+)\.skip\.stream\.", r"transformer_blocks.\1.skip_linear.0."),
+    (r"backbone\.blocks\.(\d+)\.skip\.sent\.", r"transformer_blocks.\1.skip_linear.1."),
+)
+
+
+def published_name(name: str) -> str:
+    for ours, theirs in PUBLISHED:
+        if re.match(ours, name):
+            return re.sub(f"^{ours}", theirs, name)
+    return name
+
+
+def build_model(config: Config) -> DiM | MDM:
+    return DiM(config) if config.family == "dim" else MDM(config)
+
+
+def load_model(path: str | Path, config: str | Path | Mapping[str, Any] | Config) -> DiM | MDM:
+    """The model of `config` (preset name, dict, JSON file) with the weights of `path`, in float32, in eval mode."""
+    config = load_config(config)
+    with torch.device("meta"):
+        model = build_model(config)
+    tensors = fit_tensors(read_tensors(path), model, path)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint file, by the names in it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint '{path}' is not a file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise InputError(f"checkpoint '{path}' is not a sound safetensors file: {error}") from error
+    if path.suffix not in (".pth", ".pt"):
+        raise InputError(f"checkpoint '{path}' ends in '{path.suffix}', expected .safetensors, .pth or .pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"checkpoint '{path}' cannot be read as plain tensors\n"
+            f"found: {str(error).splitlines()[0][:150] if str(error) else type(error).__name__}\n"
+            "expected what torch.save(model.state_dict()) writes; a file with code in it is never run"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"checkpoint '{path}' holds a {type(content).__name__}, expected names with tensors only")
+    return content
+
+
+def fit_tensors(found: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """The file's tensors under the model's names, in float32; the first that does not fit is an error."""
+    expected = model.state_dict()
+    published = {published_name(name): name for name in expected}
+    renamed = {published.get(name, name): (name, tensor) for name, tensor in found.items()}
+    missing = [published_name(name) for name in expected if name not in renamed]
+    if missing:
+        raise InputError(
+            f"checkpoint '{path}' lacks the tensor '{missing[0]}' ({len(missing)} missing, {len(found)} found)\n"
+            f"expected {len(expected)} tensors; is it a checkpoint of another config?"
+        )
+    fitted: dict[str, Tensor] = {}
+    for name, (given_name, tensor) in renamed.items():
+        if name not in expected:
+            raise InputError(
+                f"checkpoint '{path}' has the tensor '{given_name}', which the model does not\n"
+                "is it a checkpoint of another config?"
+            )
+        if not tensor.is_floating_point():
+            raise InputError(f"tensor '{given_name}' of '{path}' has type {tensor.dtype}, expected floating point")
+        shape = expected[name].shape
+        if name == "backbone.position":
+            tensor = _position_for(tensor, shape)
+        if tensor.shape != shape:
+            raise InputError(
+                f"tensor '{given_name}' of '{path}' has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+            )
+        fitted[name] = tensor.float()
+    return fitted
+
+
+def _position_for(position: Tensor, shape: torch.Size) -> Tensor:
+    """Positions learned at another picture size, resized; what is not a square grid's is left to the shape check."""
+    if position.ndim != 3 or position.shape[2] != shape[2] or position.shape[1] <= 2 or position.shape == shape:
+        return position
+    side, wanted = math.isqrt(position.shape[1] - 2), math.isqrt(shape[1] - 2)
+    if side**2 != position.shape[1] - 2:
+        return position
+    return torch.cat([position[:, :2], resize_position(position[:, 2:].float(), wanted, wanted)], dim=1)
+
+
+def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], config: Config, **facts: str) -> None:
+    """Write a checkpoint whole or not at all; its metadata holds the config and whatever else is told as text."""
+    metadata = {"config": json.dumps(json.loads(config.to_json())), **facts}
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_atomically(Path(path), save(content, metadata))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A temporary file beside the target, then a rename: a killed process leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
