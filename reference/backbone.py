@@ -100,7 +100,7 @@ class Backbone(nn.Module):
         positions; any other size is a bilinear resize.
         """
         side, learned = self.config.side, self.position[:, 2:]
-        if width == side and height % side == 0:
+        if (height, width) == (side, side) or (self.config.text_lengths and width == side and height % side == 0):
             return learned.unflatten(1, (side, side)).repeat(1, height // side, 1, 1)
         return resize_position(learned, height, width).unflatten(1, (height, width))
 

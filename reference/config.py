@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Config:
 # Values that a family's published models share.
 FAMILIES: dict[str, dict[str, Any]] = {
     "dim": {
-        "patch": 2, "classes": 1000, "mixer": "mamba1", "state": 16, "conv": 3, "expand": 2, "pad": 3,
+        "patch": 2, "classes": 1000, "mixer": "mamba1", "state": 16, "conv": 3, "expand": 2,
         "padding": "lateral", "scan": "alternate", "scan_orders": "1234/12", "in_channels": 4,
         "schedule_image": {"kind": "sd"}, "sampler": {"solver": "dim", "steps": 50, "guidance": 0.4},
     },
@@ -122,6 +122,19 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+# How a field's annotation is checked, and what the error says was expected.
+TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more"),
+    "float": (lambda value: type(value) in (int, float), "a number"),
+    "str": (lambda value: isinstance(value, str), "a text"),
+    "Mapping[str, Any]": (lambda value: isinstance(value, Mapping), "an object"),
+    "tuple[int, ...]": (
+        lambda value: isinstance(value, tuple) and all(type(n) is int and n > 0 for n in value),
+        "a list of whole numbers above 0",
+    ),
+}
+
+
 def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
     """The config that a preset's name, a JSON file or a dict describes."""
     if isinstance(source, Config):
@@ -131,7 +144,11 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
     if str(source) in PRESETS:
         return config_from_dict(PRESETS[str(source)])
     path = Path(source)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # a name too long for a file
+        found = False
+    if not found:
         raise InputError(
             f"config '{source}' is neither a preset nor a file{nearest(str(source), PRESETS)}\n"
             f"presets: {', '.join(PRESETS)}"
@@ -151,9 +168,11 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
         if key not in known:
             raise InputError(f"unknown config key '{key}'{nearest(key, known)}\nkeys: {', '.join(known)}")
     family = fields.get("family")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(f"config key 'family' is {family!r}, expected one of: {', '.join(FAMILIES)}")
     merged = FAMILIES[family] | dict(fields)
+    if family == "dim":
+        merged.setdefault("pad", merged["conv"])  # released checkpoints have as many pads as convolution taps
     for name, field in known.items():
         if name not in merged and field.default is field.default_factory is dataclasses.MISSING:
             raise InputError(f"config key '{name}' is missing; family '{family}' has no default for it")
@@ -164,7 +183,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -172,8 +191,9 @@ def _check(config: Config) -> None:
     """Types, choices, and the sizes that must fit together."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.type == "int" and (type(value) is not int or value < 0):
-            raise InputError(f"config key '{field.name}' is {value!r}, expected a whole number, 0 or more")
+        fits, expected = TYPES[str(field.type)]
+        if not fits(value):
+            raise InputError(f"config key '{field.name}' is {value!r}, expected {expected}")
         if field.name in CHOICES and value not in CHOICES[field.name]:
             raise InputError(
                 f"config key '{field.name}' is {value!r}{nearest(str(value), CHOICES[field.name])}\n"
@@ -190,6 +210,10 @@ def _check(config: Config) -> None:
         raise InputError(f"image_size {config.image_size} is not a multiple of patch {config.patch}")
     if config.mixer == "mamba2" and (config.head == 0 or config.inner % config.head):
         raise InputError(f"expand * width = {config.inner} is not a multiple of head = {config.head}")
+    if config.width % 2:
+        raise InputError(f"config key 'width' is {config.width}, expected an even number: half cosines, half sines")
+    if config.mixer == "mamba2" and (config.groups == 0 or (config.inner // config.head) % config.groups):
+        raise InputError(f"{config.inner // config.head} heads are not a multiple of groups = {config.groups}")
     image, _, text = config.scan_orders.partition("/")
     if not image or not set(image) <= set("1234") or not text or not set(text) <= set("12"):
         raise InputError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mdm.plugins.errors import InputError
 from mdm.reference.config import Config
-from mdm.reference.tasks import TASKS
+from mdm.reference.tasks import TASKS, check_tokenizer
 from mdm.reference.tokenizer import Tokenizer
 from mdm.reference.world import language
 from mdm.reference.world.render import JITTERS, picture_table
@@ -107,6 +107,7 @@ class World:
     tasks = tuple(TASKS)
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        check_tokenizer(tokenizer, config)
         self.config, self.tokenizer = config, tokenizer
         self.scenes = [scene for scene in all_scenes() if not held_out(scene)]
         self.index = {scene: i for i, scene in enumerate(all_scenes())}
@@ -170,6 +171,8 @@ class Folder:
     LARGEST = 64_000_000  # pixels; a decompression bomb is refused before it is decoded
 
     def __init__(self, path: Path, config: Config, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, config)
         self.config, self.tokenizer = config, tokenizer
         self.items = read_listing(path, config.classes)
         captioned = [i for i, item in enumerate(self.items) if item.caption]

@@ -59,6 +59,19 @@ class Mamba1(nn.Module):
         return self.out_proj(y)
 
 
+class GroupedRMSNorm(nn.Module):
+    """RMS norm over each of G equal parts of the width."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B,L,I]
+        parts = x.unflatten(-1, (self.groups, -1))  # [B,L,G,I/G]
+        return F.rms_norm(parts, parts.shape[-1:], eps=1e-5).flatten(-2) * self.weight
+
+
 class Mamba2(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -71,7 +84,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(initial_step_bias(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = nn.RMSNorm(inner, eps=1e-5)
+        self.norm = GroupedRMSNorm(inner, config.groups)
         self.out_proj = nn.Linear(inner, config.width, bias=False)
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:  # [B,L,E] -> [B,L,E]

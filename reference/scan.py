@@ -112,31 +112,32 @@ def _ssd_chunked(x: Tensor, log_decay: Tensor, Bm: Tensor, C: Tensor, chunk: int
     Bm, C = (F.pad(v, (0, 0, 0, 0, 0, spare)).reshape(*shape, groups, states) for v in (Bm, C))  # [B,c,Q,G,N]
 
     # 1. Decay from token s to token t of the same chunk: exp of the sum over (s, t], 0 where s > t.
-    total = log_decay.movedim(2, -1).cumsum(-1)  # [B,c,G,h,Q]
+    # In float64: float32 sums lose a weak decay behind a strong one. Only their differences go back to x's type.
+    total = log_decay.double().movedim(2, -1).cumsum(-1)  # [B,c,G,h,Q]
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    within = (total[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).exp()  # [B,c,G,h,Qt,Qs]
+    within = (total[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).to(x.dtype).exp()
 
     # 2. Output from the tokens of the same chunk.
     scores = torch.einsum("bctgn,bcsgn->bcgts", C, Bm)  # [B,c,G,Qt,Qs]
     y = torch.einsum("bcghts,bcsghp->bctghp", within * scores[:, :, :, None], x)  # [B,c,Q,G,h,P]
-    if shape[1] == 1:
-        return y.reshape(batch, -1, heads, width)[:, :length]
+    if shape[1] <= 1:
+        return y.reshape(batch, length + spare, heads, width)[:, :length]
 
     # 3. What each chunk adds to the state, decayed to the chunk's end.
-    to_end = (total[..., -1:] - total).exp().movedim(-1, 2)  # [B,c,Q,G,h]
+    to_end = (total[..., -1:] - total).to(x.dtype).exp().movedim(-1, 2)  # [B,c,Q,G,h]
     added = torch.einsum("bcsgn,bcsghp->bcghpn", Bm, x * to_end[..., None])  # [B,c,G,h,P,N]
 
     # 4. The state at the start of each chunk: a recurrence over c chunks instead of L tokens.
     state, starts = torch.zeros_like(added[:, 0]), []
     for index in range(shape[1]):
         starts.append(state)
-        state = state * total[:, index, ..., -1].exp()[..., None, None] + added[:, index]
+        state = state * total[:, index, ..., -1].to(x.dtype).exp()[..., None, None] + added[:, index]
 
     # 5. Output from the state at the chunk's start, decayed to each token.
-    from_start = total.exp().movedim(-1, 2)  # [B,c,Q,G,h]
+    from_start = total.to(x.dtype).exp().movedim(-1, 2)  # [B,c,Q,G,h]
     carried = torch.einsum("bctgn,bcghpn->bctghp", C, torch.stack(starts, dim=1))
     y = y + carried * from_start[..., None]
-    return y.reshape(batch, -1, heads, width)[:, :length]
+    return y.reshape(batch, length + spare, heads, width)[:, :length]
 
 
 def step_size(delta: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -82,6 +82,15 @@ def text_length(config: Config, tokens: int, generates: bool) -> int:
     )
 
 
+def check_tokenizer(tokenizer: Tokenizer, config: Config) -> None:
+    """Ids beyond the vocabulary fail anyway; ids of another tokenizer inside it would be wrong without a word."""
+    if tokenizer.size != config.vocabulary:
+        raise InputError(
+            f"the tokenizer has {tokenizer.size} pieces, the model's vocabulary {config.vocabulary}\n"
+            "expected the tokenizer that the model was trained with"
+        )
+
+
 def make_request(
     model: MDM,
     tokenizer: Tokenizer,
@@ -94,6 +103,7 @@ def make_request(
 ) -> Request:
     """Checks what the task needs and puts every token in its place."""
     task, config = task_of(task_name), model.config
+    check_tokenizer(tokenizer, config)
     needs = {"prompts": task.text in ("given", "both"), "pictures": task.image in ("given", "both")}
     values = {"prompts": prompts, "pictures": pictures, "classes": classes}
     for name, needed in needs.items():

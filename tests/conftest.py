@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread per process, and the fixture `figure`, which records what a test measured.
+"""Shared by all tests: one thread per process, the fixture `figure`, which records what a test measured, and a tiny
+model with random weights, on which everything takes milliseconds.
 
     def test_oracle(figure):
         figure("dim oracle eps", worst, 1e-5)   # fails unless worst <= 1e-5
@@ -10,13 +11,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # Before torch or numpy is imported. The tests' tensors are tiny, where a second thread only costs, and
 # sums then come out in the same order on every machine. Processes started by tests inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+if TYPE_CHECKING:
+    from mdm.reference import Tokenizer
+    from mdm.reference.multimodal import MDM
 
 
 class Measured(NamedTuple):
@@ -60,3 +65,55 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for row in rows:
         mark = "" if row.holds else "  over"
         terminalreporter.write_line(f"{row.name:{width}}  {row.value:10.3g}  {row.limit:10.3g}{mark}")
+
+
+# Sizes that mean different things are different numbers, so that a mixed-up axis is an error: 16 picture tokens, 12
+# latent channels, texts of 8 or 20 tokens. Pictures are 32x32, the picture world's size.
+TINY: dict[str, Any] = {
+    "family": "mdm", "width": 32, "blocks": 3, "in_channels": 3, "image_size": 32, "patch": 8, "classes": 4,
+    "state": 8, "head": 16, "latent": 12, "vae_width": 32, "vocabulary": 40, "text_lengths": [8, 20],
+    "schedule_image": {"kind": "cosine", "shift": 0.5}, "schedule_text": {"kind": "cosine", "shift": 2.0},
+    "sampler": {"solver": "ddim", "steps": 3, "guidance": 1.5, "t_start": 0.99},
+}  # fmt: skip
+TINY_DIM: dict[str, Any] = {
+    "family": "dim", "width": 16, "blocks": 3, "in_channels": 3, "image_size": 8, "classes": 5, "state": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., dict[str, Any]]:
+    """tiny(keep=0.5, ...): the tiny MDM's config with some fields changed; tiny(family="dim") is a tiny DiM's."""
+
+    def config(**changes: Any) -> dict[str, Any]:
+        return (TINY_DIM if changes.get("family") == "dim" else TINY) | changes
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., MDM]:
+    """tiny_model(keep=0.5, ...): the tiny MDM in eval mode with random weights, the same ones at every call."""
+
+    def model(**changes: Any) -> MDM:
+        import torch
+
+        from mdm.reference import load_config
+        from mdm.reference.multimodal import MDM
+
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            made = MDM(load_config(TINY | changes)).eval()
+            torch.nn.init.normal_(made.latent_out.weight, std=0.2)  # 0 in a fresh model
+            torch.nn.init.normal_(made.vae.latent_mean)
+            torch.nn.init.uniform_(made.vae.latent_scale, 0.5, 2.0)
+        return made.requires_grad_(False)
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The shipped one, of the picture world."""
+    from mdm.reference import SHIPPED_TOKENIZER, Tokenizer
+
+    return Tokenizer(SHIPPED_TOKENIZER)

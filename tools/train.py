@@ -67,7 +67,7 @@ def command(
     recipe = dataclasses.replace(RECIPES.get(preset, Recipe()), **{k: v for k, v in changes.items() if v is not None})
     if lr is not None:
         recipe = dataclasses.replace(recipe, muon_lr=0.0)  # a rate given by hand is AdamW's
-    source = _data(config, data, tokenizer, out)
+    source = _data(config, preset, data, tokenizer, init, out)
 
     state = out.with_suffix(".state")
     torch.manual_seed(seed)
@@ -98,22 +98,30 @@ def command(
         click.echo(f"{out}: {trainer.step} steps (training state in {state}, no longer needed)")
 
 
-def _data(config: Config, folder: Path | None, tokenizer: Path | None, out: Path) -> Data:
-    """Where the rows come from."""
+def _data(
+    config: Config, preset: str, folder: Path | None, tokenizer: Path | None, init: Path | None, out: Path
+) -> Data:
+    """Where the rows come from, and the tokenizer that goes with them."""
     from mdm.plugins.errors import InputError
     from mdm.reference import SHIPPED_TOKENIZER, Tokenizer
     from mdm.reference.data import Folder, World, read_listing
     from mdm.reference.tokenizer import train_tokenizer
 
     if folder is None:
-        if config.family != "mdm" or config.in_channels != 3:
-            raise InputError("this preset has no data of its own: give --data FOLDER")
+        if preset != "mdm-tiny":
+            raise InputError(f"preset '{preset}' has no data of its own: give --data FOLDER")
         return World(config, Tokenizer(tokenizer or SHIPPED_TOKENIZER))
     if config.family == "dim":
         return Folder(folder, config, None)
-    if tokenizer is None:
-        tokenizer = out.with_suffix(".tokenizer.model")
-        if not tokenizer.is_file():
-            captions = [item.caption for item in read_listing(folder, config.classes) if item.caption]
-            train_tokenizer(captions, tokenizer, config.vocabulary)
-    return Folder(folder, config, Tokenizer(tokenizer))
+    beside = [path.with_suffix(".tokenizer.model") for path in (init, out) if path is not None]
+    shipped = [SHIPPED_TOKENIZER] if preset == "mdm-tiny" else []
+    found = tokenizer or next((path for path in beside + shipped if path.is_file()), None)
+    if found is None and init is not None:
+        raise InputError(
+            f"no tokenizer beside '{init}' ('{beside[0].name}')\ngive the one it was trained with: --tokenizer FILE"
+        )
+    if found is None:
+        found = out.with_suffix(".tokenizer.model")
+        captions = [item.caption for item in read_listing(folder, config.classes) if item.caption]
+        train_tokenizer(captions, found, config.vocabulary)
+    return Folder(folder, config, Tokenizer(found))

@@ -1,0 +1,97 @@
+"""Every command and every line of Python in the README runs, and every file it names exists.
+
+Training commands run as written but for a recipe of two steps; `tools/test` is what runs this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mdm.reference import build_model, load_config
+from mdm.reference.train import RECIPES, Recipe
+from mdm.tools.main import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+SMALL_DIM = {"family": "dim", "width": 16, "blocks": 3, "image_size": 8}  # stands in for presets of 50M and 862M
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+
+
+@pytest.fixture
+def folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder in which the README's relative names exist."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (48, 40), "red").save(tmp_path / "pictures" / "a.png")
+    line = {"file": "a.png", "caption": "two big red circles on the left", "class": 0}
+    (tmp_path / "pictures" / "captions.jsonl").write_text(json.dumps(line) + "\n")
+    return tmp_path
+
+
+def test_every_command_is_known() -> None:
+    known = ("tools/demo", "tools/test", "mdm evaluate", "mdm train", "pip install")
+    assert [command for command in COMMANDS if not command.startswith(known)] == []
+
+
+def test_scripts_can_be_started() -> None:
+    for command in ("tools/demo", "tools/test"):
+        assert command in COMMANDS
+        assert os.access(ROOT / command, os.X_OK)
+    assert "tools/test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_demo_writes_its_picture(tmp_path: Path) -> None:
+    """What `tools/demo` starts once the environment is there."""
+    started = re.search(r"python -m (\S+)", (ROOT / "tools" / "demo").read_text())
+    assert started is not None
+    picture = tmp_path / "demo.png"
+    done = subprocess.run(
+        [sys.executable, "-m", started[1], "--out", picture], capture_output=True, text=True, check=True
+    )
+    assert str(picture) in done.stdout
+    with Image.open(picture) as image, Image.open(ROOT / "reference" / "assets" / "demo.png") as shown:
+        assert image.size == shown.size
+
+
+def test_mdm_commands_run(folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = Recipe(steps=2, batch=4, vae_steps=2)
+    monkeypatch.setitem(RECIPES, "mdm-tiny", quick)
+    monkeypatch.setitem(RECIPES, "small.json", quick)
+    (folder_of_pictures / "small.json").write_text(json.dumps(SMALL_DIM | {"in_channels": 3, "classes": 10}))
+    for command in COMMANDS:
+        if command.startswith("mdm "):
+            words = shlex.split(command.replace("dim-small", "small.json"))[1:]
+            if words[0] == "evaluate":
+                words[words.index("--count") + 1] = "2"
+            assert main(words) == 0, command
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 862M-parameter file of the second block is a small stand-in under the same names."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model(load_config(SMALL_DIM)).state_dict(), tmp_path / "nnet_ema.pth")
+    for block in blocks("python"):
+        exec(block.replace('"dim-huge-256"', repr(SMALL_DIM)), {})
+
+
+def test_named_files_exist() -> None:
+    for name in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
+    folders = re.findall(r"^\| `(\w+)/` \|", README, re.MULTILINE)
+    assert sorted(folders) == ["export", "plugins", "reference", "runtime", "tests", "tools"]
