@@ -150,7 +150,8 @@ def _position_for(position: Tensor, shape: torch.Size) -> Tensor:
 
 def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], config: Config, **facts: str) -> None:
     """Write a checkpoint whole or not at all; its metadata holds the config and whatever else is told as text."""
-    metadata = {"config": json.dumps(json.loads(config.to_json())), **facts}
+    # One metadata entry: safetensors writes several in an order that changes from run to run.
+    metadata = {"mdm": json.dumps({"config": json.loads(config.to_json()), **facts}, sort_keys=True)}
     content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     write_atomically(Path(path), save(content, metadata))
 

@@ -24,7 +24,7 @@ from mdm.reference.config import Config
 from mdm.reference.tasks import TASKS, check_tokenizer
 from mdm.reference.tokenizer import Tokenizer
 from mdm.reference.world import language
-from mdm.reference.world.render import JITTERS, picture_table
+from mdm.reference.world.render import JITTERS, SIDE, picture_table
 from mdm.reference.world.scene import SHAPES, Scene, all_scenes, held_out
 
 EMPTY_PROMPT = 0.1  # share of rows whose class or prompt is left out, for classifier-free guidance
@@ -64,6 +64,7 @@ class Sample:
     answer: str = ""
     pictures: tuple[int, ...] = ()
     y: int | None = None
+    hidden: bool = False  # pads in the prompt's place, as the unguided half of classifier-free guidance sees it
 
 
 def rows_of(
@@ -80,7 +81,8 @@ def rows_of(
         task = TASKS[name]
         if task.text and tokenizer is not None:
             prompt = tokenizer.encode_pieces(sample.prompt)
-            ids.append(tokenizer.encode(f"{sample.prompt} {sample.answer}".strip(), length))
+            whole = tokenizer.encode(f"{sample.prompt} {sample.answer}".strip(), length)
+            ids.append([tokenizer.pad] * len(prompt) + whole[len(prompt) :] if sample.hidden else whole)
             known = length if task.text == "given" else len(prompt)
             text_given.append([position < known for position in range(length)])
         if task.image:
@@ -108,6 +110,11 @@ class World:
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         check_tokenizer(tokenizer, config)
+        if (config.in_channels, config.image_size) != (3, SIDE) or config.classes < len(SHAPES):
+            raise InputError(
+                f"the picture world has 3 channels, image_size {SIDE} and {len(SHAPES)} classes; this config has "
+                f"{config.in_channels}, {config.image_size} and {config.classes}\ngive --data FOLDER for other pictures"
+            )
         self.config, self.tokenizer = config, tokenizer
         self.scenes = [scene for scene in all_scenes() if not held_out(scene)]
         self.index = {scene: i for i, scene in enumerate(all_scenes())}
@@ -140,7 +147,7 @@ class World:
         if task == "class_to_image":
             return Sample(pictures=picture, y=None if blank else shape)
         if task == "text_to_image":
-            return Sample(prompt="" if blank else caption, pictures=picture)
+            return Sample(prompt=caption, pictures=picture, hidden=blank)
         if task == "caption":
             return Sample(answer=caption, pictures=picture)
         if task == "joint":
@@ -157,7 +164,7 @@ class World:
         earlier, request, new = language.dialogue(scene, rng)
         after = self.picture(new, rng)
         return Sample(
-            "" if blank else language.dialogue_prompt(earlier, request), language.caption(new), (*picture, after)
+            language.dialogue_prompt(earlier, request), language.caption(new), (*picture, after), hidden=blank
         )
 
 
@@ -175,6 +182,9 @@ class Folder:
             check_tokenizer(tokenizer, config)
         self.config, self.tokenizer = config, tokenizer
         self.items = read_listing(path, config.classes)
+        for item in self.items:
+            if tokenizer is not None:  # a caption has to fit the shortest segment: see Trainer.text_length
+                tokenizer.encode(item.caption, min(config.text_lengths))
         captioned = [i for i, item in enumerate(self.items) if item.caption]
         self.having = {name: captioned if task.text else list(range(len(self.items))) for name, task in TASKS.items()}
         possible = (
@@ -196,7 +206,7 @@ class Folder:
             cut = int(torch.randint(len(words), (), generator=generator))
             return Sample(" ".join(words[:cut]), " ".join(words[cut:]))
         if task == "text_to_image":
-            return Sample(prompt="" if blank else item.caption, pictures=(index,), y=y)
+            return Sample(prompt=item.caption, pictures=(index,), y=y, hidden=blank)
         if task in ("caption", "joint"):
             return Sample(answer=item.caption, pictures=(index,), y=y if task == "joint" else None)
         return Sample(pictures=(index,), y=y)
@@ -209,10 +219,7 @@ class Folder:
         file, config = self.items[index].file, self.config
         shape = (config.in_channels, config.image_size, config.image_size)
         if file.suffix == ".npy":
-            array = np.load(file, allow_pickle=False)
-            if array.shape != shape:
-                raise InputError(f"latents '{file}' have shape {array.shape}, expected {shape}")
-            return torch.from_numpy(array.astype(np.float32))
+            return load_latents(file, shape)
         if config.in_channels != 3:
             raise InputError(
                 f"'{file}' is a picture, but this config has {config.in_channels} channels: latents of an autoencoder\n"
@@ -236,7 +243,11 @@ def read_listing(folder: Path, classes: int) -> list[Item]:
     if not listing.is_file():
         example = '{"file": "a.png", "caption": "...", "class": 3}'
         raise InputError(f"data folder '{folder}' has no captions.jsonl\nexpected a line a picture: {example}")
-    lines = enumerate(listing.read_text().splitlines(), 1)
+    try:
+        text = listing.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{listing}' is not UTF-8: {error}") from error
+    lines = enumerate(text.split("\n"), 1)  # not splitlines, which also cuts at U+2028 inside a caption
     items = [_item(folder, f"line {number} of '{listing}'", line, classes) for number, line in lines if line.strip()]
     if not items:
         raise InputError(f"'{listing}' lists no picture")
@@ -246,17 +257,24 @@ def read_listing(folder: Path, classes: int) -> list[Item]:
 def _item(folder: Path, where: str, line: str, classes: int) -> Item:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
         raise InputError(f"{where} is not JSON: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("file"), str):
         raise InputError(f'{where} has no "file"')
-    file = (folder / fields["file"]).resolve()
-    if not file.is_relative_to(folder.resolve()) or not file.is_file():
-        raise InputError(f"{where}: '{fields['file']}' is not a file inside the folder")
+    try:
+        file = (folder / fields["file"]).resolve()
+        inside = file.is_relative_to(folder.resolve()) and file.is_file()
+    except (OSError, ValueError):  # a name too long, or with a zero byte
+        inside = False
+    if not inside:
+        raise InputError(f"{where}: {fields['file']!r} is not a file inside the folder")
     y = fields.get("class")
     if y is not None and (type(y) is not int or not 0 <= y < classes):
         raise InputError(f'{where}: "class" is {y!r}, expected 0 to {classes - 1}')
-    return Item(file, str(fields.get("caption", "")), y)
+    caption = fields.get("caption") or ""
+    if not isinstance(caption, str):
+        raise InputError(f'{where}: "caption" is {caption!r}, expected text')
+    return Item(file, caption.strip(), y)
 
 
 def load_picture(file: Path, side: int, largest: int) -> Tensor:
@@ -264,9 +282,7 @@ def load_picture(file: Path, side: int, largest: int) -> Tensor:
     try:
         with Image.open(file) as picture:
             if picture.width * picture.height > largest:
-                raise InputError(
-                    f"picture '{file}' has {picture.width}x{picture.height} pixels, expected at most {largest}"
-                )
+                raise OSError(f"{picture.width}x{picture.height} pixels, expected at most {largest}")
             short = min(picture.size)
             left, top = (picture.width - short) // 2, (picture.height - short) // 2
             square = (
@@ -274,6 +290,23 @@ def load_picture(file: Path, side: int, largest: int) -> Tensor:
                 .crop((left, top, left + short, top + short))
                 .resize((side, side), Image.Resampling.LANCZOS)
             )
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise InputError(f"'{file}' is not a picture that can be read: {error}") from error
     return torch.from_numpy(np.array(square)).movedim(-1, 0).float() / 127.5 - 1
+
+
+def load_latents(file: Path, shape: tuple[int, ...]) -> Tensor:
+    """An array of that shape. It is mapped: a header may promise terabytes, and objects (pickles) cannot be mapped."""
+    try:
+        array = np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{file}' is not an array that can be read: {error}") from error
+    if array.shape != shape or array.dtype.kind != "f":
+        raise InputError(
+            f"latents '{file}' have shape {array.shape} and type {array.dtype}, expected {shape} of floating point"
+        )
+    with np.errstate(over="ignore"):
+        latents = torch.from_numpy(array.astype(np.float32))
+    if not latents.isfinite().all():
+        raise InputError(f"latents '{file}' hold values that are not finite float32 numbers")
+    return latents

@@ -8,6 +8,7 @@ Letters: B batch, L latent tokens, T text tokens, d latent width, C x S x S a pi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,6 +112,8 @@ def generate(
     z = torch.randn(request.clean.shape, generator=generator) if noise is None else noise
     if z.shape != request.clean.shape:
         raise InputError(f"noise has shape {tuple(z.shape)}, expected {tuple(request.clean.shape)}")
+    if not math.isfinite(float(sampler["guidance"])):
+        raise InputError(f"guidance is {sampler['guidance']}, expected a finite number")
     if sampler["solver"] in STOCHASTIC:
         options["noise"] = generator
     schedule = schedule_of(model, request)

@@ -41,6 +41,7 @@ class Weights:
     score_entropy: float = 1.0  # lambda
     image_noise_shift: float = 0.25
     text_noise_shift: float = 0.4
+    flat: float = 1.0  # of a picture's flat patches among its others: background drowns small shapes
 
 
 def vae_loss(vae: VAE, patches: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,7 +105,9 @@ def mdm_loss(model: MDM, rows: Rows, weights: Weights, generator: torch.Generato
         surprise = F.cross_entropy(vae.decode_text(x0[:, :T]).mT, rows.ids, reduction="none")
         terms |= {"text": (w * error[:, :T]).sum(), "ce": (w * surprise).sum()}
     if bool(rows.makes_image.any()):
-        terms["image"] = (made[:, T:] * error[:, T:]).sum() / made[:, T:].sum() * rows.makes_image.float().mean()
+        flat = vae.is_flat(rows.pictures.flatten(0, 1)).reshape(batch, -1)  # [B,k*h*w]
+        w = made[:, T:] * torch.where(flat, weights.flat, 1.0)
+        terms["image"] = (w * error[:, T:]).sum() / w.sum() * rows.makes_image.float().mean()
     if weights.score_entropy:
         later = torch.rand(3, batch, 1, 1, generator=generator) * sigma  # less noised states of the same tokens
         candidates = candidates_of(z0, noise, (1 - later**2).sqrt(), later)  # [Y,B,L,d]

@@ -101,7 +101,12 @@ class MDM(nn.Module):
         if z.ndim != 3 or z.shape[-1] != config.latent:
             raise InputError(f"latents have shape {tuple(z.shape)}, expected (batch, tokens, {config.latent})")
         image_tokens = z.shape[1] - text_tokens
-        if not 0 <= text_tokens <= max(config.text_lengths) or image_tokens < 0 or image_tokens % config.side**2:
+        if (
+            not 0 <= text_tokens <= max(config.text_lengths)
+            or image_tokens < 0
+            or image_tokens % config.side**2
+            or not z.shape[1]
+        ):
             raise InputError(
                 f"{z.shape[1]} latent tokens with {text_tokens} of text\n"
                 f"expected at most {max(config.text_lengths)} of text, then whole pictures of {config.side**2}"

@@ -62,7 +62,7 @@ def select(
     se = score_entropy(torch.stack([x0, x0_before]), x0, x0_before, alpha, sigma)  # [B,L]
     rank = se.masked_fill(given, -1).argsort(dim=-1, stable=True).argsort(dim=-1)  # given tokens come first
     count = given.sum(-1)  # [B]
-    j = count + torch.ceil(keep * (x0.shape[1] - count) - 1e-9)  # 0.3 * 10 is 3.0000000000000004 in floats
+    j = count + torch.ceil(keep * (x0.shape[1] - count).double() - 1e-9)  # 0.3 * 50 is 15.000001 in float32
     return (rank < j[:, None]).to(x0.dtype)
 
 

@@ -13,6 +13,7 @@ x0 (DPM-Solver++, arXiv 2211.01095).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -251,4 +252,10 @@ def sample(
         )
     zero = name == "euler-maruyama" if final_zero is None else final_zero
     times = time_grid(schedule, steps, spacing, t_start, t_end, zero)
+    known = [p.name for p in inspect.signature(SOLVERS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise InputError(
+                f"solver '{name}' has no option '{option}'{nearest(option, known)}\noptions: {', '.join(known)}"
+            )
     return SOLVERS[name](model, z, schedule, times, callback=options.pop("callback", None), **options)

@@ -72,7 +72,7 @@ class Request:
 
 def text_length(config: Config, tokens: int, generates: bool) -> int:
     """The segment length for a prompt: the smallest that holds it, with room if text is generated."""
-    need = tokens + (config.text_lengths[0] // 2 if generates else 0)
+    need = tokens + (min(config.text_lengths) // 2 if generates else 0)
     for length in sorted(config.text_lengths):
         if need <= length:
             return length
@@ -105,13 +105,16 @@ def make_request(
     task, config = task_of(task_name), model.config
     check_tokenizer(tokenizer, config)
     needs = {"prompts": task.text in ("given", "both"), "pictures": task.image in ("given", "both")}
-    values = {"prompts": prompts, "pictures": pictures, "classes": classes}
+    if negative is not None and task.drops != "text":
+        raise InputError(f"task '{task_name}' takes no negative prompts")
+    values = {"prompts": prompts, "pictures": pictures, "classes": classes, "negative": negative}
     for name, needed in needs.items():
         if (needed and values[name] is None) or (not needed and values[name] is not None):
             raise InputError(f"task '{task_name}' {'needs' if needed else 'takes no'} {name}")
     sizes = {name: len(value) for name, value in values.items() if value is not None}
-    count = next(iter(sizes.values()), batch or 1)
-    if any(size != count for size in sizes.values()):
+    sizes |= {} if batch is None else {"as batch": batch}
+    count = next(iter(sizes.values()), 1)
+    if count < 1 or any(size != count for size in sizes.values()):
         raise InputError(f"task '{task_name}': a batch of " + ", ".join(f"{n} {name}" for name, n in sizes.items()))
     if pictures is not None and tuple(pictures.shape[1:]) != (config.in_channels, config.image_size, config.image_size):
         side = config.image_size

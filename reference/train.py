@@ -25,34 +25,65 @@ from mdm.reference.loss import Weights, dim_loss, mdm_loss, vae_loss
 from mdm.reference.multimodal import MDM
 from mdm.reference.muon import Muon
 from mdm.reference.tasks import TASKS
-from mdm.reference.vae import IMAGE, TEXT
+from mdm.reference.vae import FLAT, IMAGE, TEXT
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]  # phase, step, steps, parts of the loss
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the diffusion stage: the learning rate's factor goes linearly from `first` to `last`."""
+
+    steps: int
+    first: float = 1.0
+    last: float = 1.0
+    weights: Weights = dataclasses.field(default_factory=Weights)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a preset is trained. The defaults are the paper's for the big model (Appendix C)."""
 
-    steps: int = 500_000
+    phases: tuple[Phase, ...] = (Phase(500_000),)
     batch: int = 256
     lr: float = 1e-4
     muon_lr: float = 0.0  # above 0: Muon for the matrices of mixers and skips, AdamW for the rest
     ema: float = 0.9999
     warmup: int = 1000
-    decay: bool = False  # linear to 0 over the run; the paper keeps lr constant
     vae_steps: int = 100_000
     vae_lr: float = 1e-4
     mix: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"text_to_image": 40, "caption": 20, "joint": 20}
     )
     extra: tuple[tuple[str, int], ...] = ()  # beside the mix, one of these in turn each step: task and rows
-    weights: Weights = dataclasses.field(default_factory=Weights)
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def scaled(self, steps: int) -> Recipe:
+        """The same recipe over another number of steps, each phase keeping its share."""
+        ends = [round(steps * sum(p.steps for p in self.phases[: i + 1]) / self.steps) for i in range(len(self.phases))]
+        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        phases = [dataclasses.replace(p, steps=n) for p, n in zip(self.phases, lengths, strict=True)]
+        return dataclasses.replace(self, phases=tuple(phases))
+
+    def at(self, step: int) -> tuple[float, Weights]:
+        """The learning rate's factor and the loss weights of a step."""
+        warm = min(1.0, (step + 1) / self.warmup)
+        for phase in self.phases:
+            if step < phase.steps:
+                return warm * (phase.first + (phase.last - phase.first) * step / phase.steps), phase.weights
+            step -= phase.steps
+        raise IndexError(f"the recipe has {self.steps} steps")
 
 
+# mdm-tiny: place, count and colour bind in the first phase, with noise where they are decided. Sizes and shapes are
+# decided at less noise and by few tokens: the second phase draws its noise there and counts flat background a seventh.
 RECIPES: dict[str, Recipe] = {
     "mdm-tiny": Recipe(
-        steps=4800, batch=48, lr=2e-3, muon_lr=0.015, warmup=100, decay=True, vae_steps=4000, vae_lr=3e-3,
+        phases=(Phase(3500, 1.0, 0.3), Phase(1600, 0.6, 0.0, Weights(flat=0.15, image_noise_shift=0.5))),
+        batch=48, lr=2e-3, muon_lr=0.015, warmup=100, vae_steps=4000, vae_lr=3e-3,
         mix={"text_to_image": 40, "caption": 22, "ask": 20, "joint": 18},
         extra=(("complete", 32), ("class_to_image", 8), ("complete", 32), ("turn", 6)),
     ),
@@ -65,7 +96,7 @@ def train_vae(model: MDM, data: Data, recipe: Recipe, seed: int, report: Report)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr, weight_decay=0)
     generator = torch.Generator().manual_seed(seed)
     patches = _patch_pool(model, data, generator)
-    busy = patches[patches.std(dim=1) > 0.02]  # flat background would drown the rest
+    busy = patches[patches.std(dim=1) >= FLAT]  # flat background would drown the rest
     for step in range(recipe.vae_steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.vae_lr * (1 - step / recipe.vae_steps)
@@ -138,9 +169,7 @@ class Trainer:
 
     def one_step(self) -> dict[str, float]:
         recipe, generator = self.recipe, torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        factor = min(1.0, (self.step + 1) / recipe.warmup)
-        if recipe.decay:
-            factor *= 1 - self.step / recipe.steps
+        factor, weights = recipe.at(self.step)
         for optimizer, lr in zip(self.optimizers, (recipe.lr, recipe.muon_lr), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
@@ -151,7 +180,7 @@ class Trainer:
             if isinstance(self.model, DiM):
                 loss, parts = dim_loss(self.model, rows, generator)
             else:
-                loss, parts = mdm_loss(self.model, rows, recipe.weights, generator)
+                loss, parts = mdm_loss(self.model, rows, weights, generator)
             (loss * len(tasks) / recipe.batch).backward()  # a row counts the same in either batch
             log = parts | log
         log["grad"] = float(nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0))
@@ -167,7 +196,7 @@ class Trainer:
         }
         total, tasks = sum(mix.values()), []
         for task, share in mix.items():
-            tasks += [task] * round(self.recipe.batch * share / total)
+            tasks += [task] * max(1, round(self.recipe.batch * share / total))
         extra = [(task, rows) for task, rows in self.recipe.extra if task in self.data.tasks]
         more = [[task] * rows for task, rows in extra[self.step % len(extra) :][:1]] if extra else []
         return [tasks, *more]
@@ -189,6 +218,7 @@ class Trainer:
     def save(self, path: Path) -> None:
         content = {
             "step": self.step,
+            "seed": self.seed,
             "model": self.model.state_dict(),
             "ema": self.ema,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -200,15 +230,18 @@ class Trainer:
     def resume(self, path: Path) -> None:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["seed"] != self.seed:
+                raise ValueError(f"it was begun with seed {content['seed']}, not {self.seed}")
             self.model.load_state_dict(content["model"])
             for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             for name, average in self.ema.items():
                 average.copy_(content["ema"][name])
             self.step = int(content["step"])
-        except (KeyError, ValueError, RuntimeError, EOFError) as error:
+        except Exception as error:  # whatever torch makes of a file that is something else
+            found = " ".join(str(error).split())[:150] or type(error).__name__
             raise InputError(
-                f"training state '{path}' does not belong to this run: {error}\nremove it to start anew"
+                f"training state '{path}' does not belong to this run: {found}\nremove it to start anew"
             ) from error
 
     def export(self, path: Path, config: Config, **facts: str) -> None:

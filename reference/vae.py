@@ -17,6 +17,7 @@ from mdm.plugins.errors import InputError
 from mdm.reference.config import Config
 
 IMAGE, TEXT = 0, 1
+FLAT = 0.02  # standard deviation below which a patch counts as background
 
 
 class VAE(nn.Module):
@@ -83,6 +84,10 @@ class VAE(nn.Module):
                 f"expected (batch, {channels}, height, width), both sides multiples of {p}"
             )
         return F.pixel_unshuffle(picture, p).flatten(2).mT  # channel-major inside a patch
+
+    def is_flat(self, picture: Tensor) -> Tensor:
+        """Which patches hold next to nothing: [B,C,H,W] -> bool [B,h*w]."""
+        return self.patchify(picture).std(dim=-1) < FLAT
 
     def unpatchify(self, patches: Tensor, height: int) -> Tensor:
         return F.pixel_shuffle(patches.mT.unflatten(-1, (height, -1)), self.config.patch)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from mdm.reference import build_model, load_config
-from mdm.reference.train import RECIPES, Recipe
+from mdm.reference.train import RECIPES, Phase, Recipe
 from mdm.tools.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def test_demo_writes_its_picture(tmp_path: Path) -> None:
 
 
 def test_mdm_commands_run(folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = Recipe(steps=2, batch=4, vae_steps=2)
+    quick = Recipe(phases=(Phase(2),), batch=4, vae_steps=2)
     monkeypatch.setitem(RECIPES, "mdm-tiny", quick)
     monkeypatch.setitem(RECIPES, "small.json", quick)
     (folder_of_pictures / "small.json").write_text(json.dumps(SMALL_DIM | {"in_channels": 3, "classes": 10}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,11 @@ def command(
     config = load_config(preset)
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
-    changes: dict[str, Any] = {"steps": steps, "vae_steps": vae_steps, "batch": batch, "lr": lr}
-    recipe = dataclasses.replace(RECIPES.get(preset, Recipe()), **{k: v for k, v in changes.items() if v is not None})
+    recipe = RECIPES.get(preset, Recipe())
+    if steps is not None:
+        recipe = recipe.scaled(steps)
+    changes: dict[str, Any] = {"vae_steps": vae_steps, "batch": batch, "lr": lr}
+    recipe = dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     if lr is not None:
         recipe = dataclasses.replace(recipe, muon_lr=0.0)  # a rate given by hand is AdamW's
     source = _data(config, preset, data, tokenizer, init, out)
@@ -86,8 +90,10 @@ def command(
             trainer.resume(state)
         elif isinstance(model, MDM) and init is None:
             train_vae(model, source, recipe, seed, report)
+            _keep_tokenizer(source, out)
             trainer.save(state)
         trainer.run(report, state)
+    _keep_tokenizer(source, out)
     trainer.export(out, config, seed=str(seed), steps=str(trainer.step))
     result = {"checkpoint": str(out), "steps": trainer.step, "state": str(state)}
     if isinstance(model, MDM):
@@ -120,8 +126,18 @@ def _data(
         raise InputError(
             f"no tokenizer beside '{init}' ('{beside[0].name}')\ngive the one it was trained with: --tokenizer FILE"
         )
-    if found is None:
-        found = out.with_suffix(".tokenizer.model")
+    if found is not None:
+        return Folder(folder, config, Tokenizer(found))
+    with tempfile.TemporaryDirectory() as place:  # see _keep_tokenizer
         captions = [item.caption for item in read_listing(folder, config.classes) if item.caption]
-        train_tokenizer(captions, found, config.vocabulary)
-    return Folder(folder, config, Tokenizer(found))
+        train_tokenizer(captions, Path(place, "model"), config.vocabulary)
+        return Folder(folder, config, Tokenizer(Path(place, "model")))
+
+
+def _keep_tokenizer(source: Data, out: Path) -> None:
+    """A checkpoint's tokenizer stands beside it, once the data has proved sound."""
+    from mdm.reference.checkpoint import write_atomically
+    from mdm.reference.data import Folder
+
+    if isinstance(source, Folder) and source.tokenizer is not None:
+        write_atomically(out.with_suffix(".tokenizer.model"), source.tokenizer.model.serialized_model_proto())

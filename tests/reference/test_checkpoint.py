@@ -237,8 +237,9 @@ def test_round_trip_is_bit_equal_and_carries_the_config(preset: str | None, tmp_
     save_checkpoint(path, model.state_dict(), made, step="12")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["step"] == "12"
-    again = load_config(json.loads(metadata["config"]))
+    facts = json.loads(metadata["mdm"])
+    assert facts["step"] == "12"
+    again = load_config(facts["config"])
     assert again == made
     assert equal(load_model(path, again).state_dict(), model.state_dict())
     assert [file.name for file in path.parent.iterdir()] == [path.name]

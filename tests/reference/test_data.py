@@ -183,3 +183,18 @@ def test_a_config_that_the_world_does_not_fit_is_an_error(
 ) -> None:
     with pytest.raises(InputError, match=said):
         World(load_config(tiny(**change)), tokenizer)
+
+
+@pytest.mark.parametrize("task", ["text_to_image", "turn"])
+def test_hidden_prompt_is_pads_in_its_place(task: str, world: World) -> None:
+    """What the unguided half of guidance sees when sampling: as many given tokens, all of them pads."""
+    rows = drawn(world, task, 400)
+    prompts = [prompt for prompt, _ in texts(world, rows)]
+    hidden = [i for i, prompt in enumerate(prompts) if not prompt]
+    assert 0.05 < len(hidden) / len(prompts) < 0.16
+    T = rows.ids.shape[1]
+    lengths = {int(n) for n in rows.given[:, :T].sum(1)}
+    assert {int(rows.given[i, :T].sum()) for i in hidden} <= lengths
+    assert all(rows.ids[i][rows.given[i, :T]].eq(world.tokenizer.pad).all() for i in hidden)
+    if task == "turn":
+        assert all(texts(world, rows)[i][1] for i in hidden[:5])  # the answer is still there

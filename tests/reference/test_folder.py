@@ -222,8 +222,8 @@ def archive() -> bytes:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (array(np.zeros((4, 16, 32))), r"have shape \(4, 16, 32\), expected \(4, 32, 32\)"),
-        (array(np.zeros(())), r"have shape \(\), expected"),
+        (array(np.zeros((4, 16, 32))), r"have shape \(4, 16, 32\).*, expected \(4, 32, 32\)"),
+        (array(np.zeros(())), r"have shape \(\).*, expected"),
         (array(np.array([Evil()], dtype=object), allow_pickle=True), "bad.npy"),
         (pickle.dumps(Evil()), "bad.npy"),
         (array(np.full((4, 32, 32), "a")), "bad.npy"),

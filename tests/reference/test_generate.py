@@ -118,7 +118,7 @@ def test_a_sample_does_not_depend_on_its_batch(
     noise = torch.randn(make_request(model, tokenizer, task, **inputs).clean.shape)
 
     def run(part: slice) -> Result:
-        some = {name: 1 if name == "batch" else value[part] for name, value in inputs.items()}
+        some: dict[str, Any] = {name: 1 if name == "batch" else value[part] for name, value in inputs.items()}
         return generate(model, tokenizer, task, noise=noise[part], **some)
 
     both = generate(model, tokenizer, task, noise=noise, **inputs)

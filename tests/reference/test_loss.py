@@ -22,7 +22,7 @@ from mdm.reference.multimodal import MDM
 from mdm.reference.muon import orthogonal
 from mdm.reference.schedule import CosineSchedule
 from mdm.reference.tasks import TASKS
-from mdm.reference.train import Recipe, Trainer
+from mdm.reference.train import Phase, Recipe, Trainer
 
 Tiny = Callable[..., dict[str, Any]]
 Make = Callable[..., MDM]
@@ -96,6 +96,21 @@ def test_the_truth_has_no_loss(tiny_model: Make, world: World, monkeypatch: pyte
         figure(f"{name} loss of the truth", terms[name], 1e-6)
 
 
+def test_flat_patches_count_less(tiny_model: Make, world: World) -> None:
+    """The image term is the mean of its tokens' errors, a flat one weighted by `flat`: linear in 1 / sum of weights."""
+    model, rows = tiny_model(), rows_for(world, "class_to_image")
+    flat = (model.vae.patchify(rows.pictures[:, 0]).std(-1) < 0.02).float().mean()
+    assert 0.1 < flat < 0.95
+
+    def image(weight: float) -> float:
+        return mdm_loss(model, rows, Weights(flat=weight), seeded(1))[1]["image"]
+
+    busy, all_alike = image(0.0), image(1.0)  # the mean over busy patches, and over all
+    others = (all_alike - (1 - float(flat)) * busy) / float(flat)
+    share = 0.3 * float(flat) / (0.3 * float(flat) + 1 - float(flat))
+    assert image(0.3) == pytest.approx(share * others + (1 - share) * busy, rel=1e-4)
+
+
 def test_a_selecting_model_trains_half_of_its_steps_under_a_mask(
     tiny_model: Make, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +167,7 @@ def test_dim_trains_from_a_folder(tiny: Tiny, tmp_path: Any, figure: Figure) -> 
     value, terms = dim_loss(model, rows, seeded())
     assert terms == {"image": pytest.approx(float(value.detach()))}
 
-    run = Trainer(model, Folder(tmp_path, config, None), Recipe(steps=40, batch=16, lr=3e-3, warmup=5), 0)
+    run = Trainer(model, Folder(tmp_path, config, None), Recipe((Phase(40),), batch=16, lr=3e-3, warmup=5), 0)
     logs: list[float] = []
     run.run(lambda phase, step, of, losses: logs.append(losses["image"]))
     figure("DiM loss of steps 31-40, share of steps 1-10", sum(logs[-10:]) / sum(logs[:10]), 0.9)

@@ -103,6 +103,12 @@ def test_a_given_token_is_a_condition_not_a_latent(tiny_model: Make) -> None:
     assert not torch.equal(model(changed, t, 8, given)[0, others], eps[0, others])  # its content is told to the others
     assert not torch.equal(model(z, t, 8)[0, others], eps[0, others])  # and so is that it is given
     assert torch.equal(model(z, t, 8, torch.zeros(1, 24, dtype=torch.bool)), model(z, t, 8))
+    for part in (model.given_embed, model.given_in.weight):
+        part.add_(0.1)
+        assert not torch.equal(model(z, t, 8, given)[0, others], eps[0, others])
+        part.sub_(0.1)
+    model.given_embed.add_(1.0)
+    assert torch.equal(model(z, t, 8), tiny_model()(z, t, 8))  # it marks no other token
 
 
 @pytest.mark.parametrize("what", ["class", "time"])

@@ -74,6 +74,12 @@ def test_it_is_the_formula_and_never_negative(seed: int, a: float, spread: float
     torch.testing.assert_close(se[sound], expected[sound], rtol=1e-8, atol=1e-12)
 
 
+def test_rounding_near_the_truth_makes_nothing_negative() -> None:
+    candidates, z0, noise, alpha, sigma = (tensor.float() for tensor in problem(9))
+    for away in (1e-7, 1e-6, 1e-5, 1e-4):
+        assert (score_entropy(candidates, z0 + away * noise, z0, alpha, sigma) >= 0).all()
+
+
 @given(seed=st.integers(0, 10**6), a=st.floats(0.05, 0.995), away=st.floats(1e-2, 3))
 @settings(deadline=None, max_examples=60)
 def test_its_gradient_points_at_the_true_noise(seed: int, a: float, away: float) -> None:
@@ -180,6 +186,8 @@ def test_keep_1_is_all_ones_and_ties_go_to_the_first_tokens() -> None:
     still = chosen(torch.zeros(2, 10), none, 0.3)
     assert torch.equal(still, torch.tensor([1.0] * 3 + [0.0] * 7).expand(2, 10))
     assert torch.equal(chosen(torch.rand(2, 10), ~none, 0.1), torch.ones(2, 10))
+    last = torch.arange(10).expand(2, -1) >= 8  # given: before all others, also where everything has settled
+    assert torch.equal(chosen(torch.zeros(2, 10), last, 0.1), torch.tensor([1.0] + [0.0] * 7 + [1.0] * 2).expand(2, 10))
 
 
 def test_each_token_is_judged_at_its_own_noise_level() -> None:

@@ -17,12 +17,14 @@ from mdm.plugins.errors import InputError
 from mdm.reference import Tokenizer, load_config, load_model
 from mdm.reference.checkpoint import build_model
 from mdm.reference.data import World
+from mdm.reference.loss import Weights
 from mdm.reference.multimodal import MDM
-from mdm.reference.train import RECIPES, Recipe, Trainer, train_vae, vae_quality
+from mdm.reference.train import RECIPES, Phase, Recipe, Trainer, train_vae, vae_quality
 
 Tiny = Callable[..., dict[str, Any]]
 Figure = Callable[[str, float, float], None]
-SHORT = replace(RECIPES["mdm-tiny"], steps=6, batch=8, vae_steps=4, warmup=2)
+TINY = replace(RECIPES["mdm-tiny"], batch=8, vae_steps=4, warmup=2)
+SHORT = replace(TINY, phases=(Phase(3, 1.0, 0.3), Phase(3, 0.6, 0.0, Weights(flat=0.5))))
 
 
 def silent(phase: str, step: int, of: int, losses: Mapping[str, float]) -> None:
@@ -142,7 +144,7 @@ def test_a_state_of_something_else_is_an_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     state, run = tmp_path / "run.state", trainer()
-    sound = {"step": 1, "model": run.model.state_dict(), "ema": run.ema}
+    sound: dict[str, Any] = {"step": 1, "model": run.model.state_dict(), "ema": run.ema}
     sound["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
     match wrong:
         case "empty" | "text" | "pickle":
@@ -150,7 +152,7 @@ def test_a_state_of_something_else_is_an_error(
         case "tensor" | "list" | "keys":
             torch.save({"tensor": torch.zeros(3), "list": [1, 2], "keys": {"step": 3}}[wrong], state)
         case "step" | "optimizer":
-            torch.save(sound | {"step": {"step": "x"}, "optimizer": {"optimizers": [3, 4]}}[wrong], state)
+            torch.save(sound | ({"step": "x"} if wrong == "step" else {"optimizers": [3, 4]}), state)
         case "other config":
             trainer(width=48).save(state)
         case "DiM's":
@@ -165,7 +167,7 @@ def test_a_state_of_something_else_is_an_error(
 
 
 def test_the_average_warms_up(trainer: Callable[..., Trainer], figure: Figure) -> None:
-    run, seen = trainer(replace(SHORT, steps=5)), []
+    run, seen = trainer(replace(TINY, phases=(Phase(5),))), []
     start = {name: p.detach().clone().double() for name, p in run.trained.items()}
     run.run(lambda *_: seen.append({name: p.detach().clone().double() for name, p in run.trained.items()}))
     worst = 0.0
@@ -185,7 +187,7 @@ def test_the_average_warms_up(trainer: Callable[..., Trainer], figure: Figure) -
 
 
 def test_the_loss_falls(trainer: Callable[..., Trainer], figure: Figure) -> None:
-    run = trainer(replace(SHORT, steps=30, batch=16, vae_steps=200, warmup=5, decay=False, extra=()))
+    run = trainer(replace(TINY, phases=(Phase(30),), batch=16, vae_steps=200, warmup=5, extra=()))
     assert isinstance(run.model, MDM)
     vae: list[float] = []
     train_vae(run.model, run.data, run.recipe, 0, lambda phase, step, of, losses: vae.append(losses["loss"]))
@@ -198,7 +200,7 @@ def test_the_loss_falls(trainer: Callable[..., Trainer], figure: Figure) -> None
 
 
 def test_the_trained_autoencoder_is_measured_and_then_frozen(trainer: Callable[..., Trainer], figure: Figure) -> None:
-    run = trainer(replace(SHORT, vae_steps=50, steps=2))
+    run = trainer(replace(TINY, vae_steps=50, phases=(Phase(2),)))
     model = run.model
     assert isinstance(model, MDM)
     train_vae(model, run.data, run.recipe, 0, silent)
@@ -235,6 +237,22 @@ def test_every_task_of_the_mix_has_rows_in_every_step(
         assert abs(mix.count(task) - batch * share / total) <= 1
 
 
+def test_phases_follow_each_other() -> None:
+    late = Weights(image=3.0)
+    recipe = Recipe(phases=(Phase(10, 1.0, 0.5), Phase(5, 0.4, 0.0, late)), warmup=4)
+    assert recipe.steps == 15
+    rates = [recipe.at(step)[0] for step in range(15)]
+    ramp = [1 - 0.05 * step for step in range(10)] + [0.4 - 0.08 * step for step in range(5)]
+    assert rates == pytest.approx([r * min(1, (n + 1) / 4) for n, r in enumerate(ramp)])
+    assert [recipe.at(step)[1].image for step in (0, 9, 10, 14)] == [8.0, 8.0, 3.0, 3.0]
+    assert all(RECIPES["mdm-tiny"].at(n)[0] > 0 for n in range(RECIPES["mdm-tiny"].steps))
+    for steps in (1, 2, 7, 300):
+        short = recipe.scaled(steps)
+        assert short.steps == steps
+        assert abs(short.phases[0].steps - steps * 2 / 3) <= 0.5
+        assert len([short.at(step) for step in range(steps)]) == steps
+
+
 def test_extra_tasks_take_turns(trainer: Callable[..., Trainer]) -> None:
     run, seen = trainer(), []
     for step in range(8):
@@ -252,3 +270,9 @@ def test_export_holds_the_averages_and_loads(trainer: Callable[..., Trainer], ti
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(loaded[name], run.ema.get(name, tensor))
     assert not torch.equal(loaded["latent_out.weight"], run.model.state_dict()["latent_out.weight"])
+
+
+def test_a_state_of_another_seed_is_an_error(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer().save(tmp_path / "a.state")
+    with pytest.raises(InputError, match="begun with seed 0, not 1"):
+        trainer(seed=1).resume(tmp_path / "a.state")
