@@ -80,7 +80,7 @@ class Estimator:
         return eps.masked_fill(given[..., None], 0)
 
     def _select(self, z: Tensor, t: Tensor, eps: Tensor) -> None:
-        """Choose the tokens of the next evaluation from this estimate and the one before; the first selects all."""
+        """Choose the next evaluation's tokens from this estimate and the one before: so the first two select all."""
         alpha, sigma = self.schedule.alpha(t).to(z), self.schedule.sigma(t).to(z)  # scalars or [L,1]
         x0 = (z - sigma * eps) / alpha
         if self.x0_before is not None:

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mdm.tools.options import FILE, json_option, print_json, progress_bar
+from mdm.tools.options import FILE, denormals_flushed, json_option, print_json, progress_bar
 
 
 @click.command("evaluate")
@@ -33,20 +33,17 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure a checkpoint (default: the shipped one) on the picture world's held-out scenes."""
-    import torch
-
     from mdm.plugins.errors import InputError
     from mdm.reference import SHIPPED_CHECKPOINT, SHIPPED_TOKENIZER, Tokenizer, load_model
     from mdm.reference.multimodal import MDM
     from mdm.reference.world.measure import measure
 
-    torch.set_flush_denormal(True)
     model = load_model(checkpoint or SHIPPED_CHECKPOINT, preset)
     if not isinstance(model, MDM):
         raise InputError(f"preset '{preset}' is of family 'dim', which has no text\nexpected one of family 'mdm'")
     overrides = {"steps": steps, "guidance": guidance, "solver": solver}
     settings = {name: value for name, value in overrides.items() if value is not None}
-    with progress_bar(as_json) as bar:
+    with denormals_flushed(), progress_bar(as_json) as bar:
         rows: dict[str, object] = {}
 
         def report(task: str, done: int, of: int) -> None:

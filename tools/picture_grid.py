@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,6 +20,7 @@ from mdm.reference.world.language import caption, questions
 from mdm.reference.world.measure import to_picture, to_pixels
 from mdm.reference.world.render import render
 from mdm.reference.world.scene import Scene, all_scenes, held_out
+from mdm.tools.options import denormals_flushed
 
 COLUMNS, ZOOM, MARGIN, CAPTION = 6, 5, 14, 56  # pictures in a row; screen pixels a pixel; pixels around and below
 INK, PAPER, FAINT = (30, 30, 34), (255, 255, 255), (120, 120, 128)
@@ -82,10 +82,10 @@ def run_tasks(model: MDM, tokenizer: Tokenizer, seed: int) -> list[Section]:
 @click.option("--out", type=click.Path(path_type=Path), default="out/demo.png", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def command(out: Path, seed: int) -> None:
-    torch.set_flush_denormal(True)
     model = load_model(SHIPPED_CHECKPOINT, "mdm-tiny")
     assert isinstance(model, MDM)
-    sections = run_tasks(model, Tokenizer(SHIPPED_TOKENIZER), seed)
+    with denormals_flushed():
+        sections = run_tasks(model, Tokenizer(SHIPPED_TOKENIZER), seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(sections).save(out)
     for title, items in sections:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 
 from mdm.reference import SHIPPED_CHECKPOINT, SHIPPED_TOKENIZER, Tokenizer, load_config, load_model
@@ -43,7 +42,6 @@ def test_file_says_what_it_is() -> None:
 def measured() -> dict[str, float]:
     model = load_model(SHIPPED_CHECKPOINT, "mdm-tiny")
     assert isinstance(model, MDM)
-    torch.set_flush_denormal(True)
     return {f.name: f.value for f in measure(model, Tokenizer(SHIPPED_TOKENIZER), COUNT)}
 
 
@@ -51,10 +49,14 @@ def test_readme_claims_every_figure(measured: dict[str, float]) -> None:
     assert set(CLAIMED) == set(measured)
 
 
-@pytest.mark.parametrize("name", CLAIMED)
+def floor(name: str) -> float:
+    claimed = CLAIMED[name]
+    return claimed - 3 * math.sqrt(max(claimed * (1 - claimed), 0.01) / COUNT)
+
+
+# Where chance alone could pass there is nothing to hold: of the attributes the likeliest guess is right half the time.
+@pytest.mark.parametrize("name", [name for name in CLAIMED if floor(name) > 0.25])
 def test_knows_what_the_readme_says(
     name: str, measured: dict[str, float], figure: Callable[[str, float, float], None]
 ) -> None:
-    claimed = CLAIMED[name]
-    error = math.sqrt(max(claimed * (1 - claimed), 0.01) / COUNT)
-    figure(f"shipped, {name}: share wrong", 1 - measured[name], 1 - claimed + 3 * error)
+    figure(f"shipped, {name}: share wrong", 1 - measured[name], 1 - floor(name))
