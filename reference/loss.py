@@ -98,8 +98,7 @@ def mdm_loss(model: MDM, rows: Rows, weights: Weights, generator: torch.Generato
     error = (output - model.convert(target_from, z0, noise, t, T)).square().mean(-1)  # [B,L]
     terms: dict[str, Tensor] = {}
     if T and bool(rows.makes_text.any()):
-        end = (rows.ids == PAD).cumsum(1) <= 1  # content and the first pad
-        w = made[:, :T] * torch.where(end, 1.0, PAD_WEIGHT)
+        w = text_weights(rows.ids, rows.given[:, :T])
         # A row counts with the root of its length: a one-word answer is not drowned by captions.
         w = w / w.sum(1, keepdim=True).clamp(min=1e-9).sqrt() / rows.makes_text.sum()
         surprise = F.cross_entropy(vae.decode_text(x0[:, :T]).mT, rows.ids, reduction="none")
@@ -115,6 +114,12 @@ def mdm_loss(model: MDM, rows: Rows, weights: Weights, generator: torch.Generato
     scale = {"text": weights.text, "ce": weights.cross_entropy, "image": weights.image, "se": weights.score_entropy}
     loss = torch.stack([scale[name] * term for name, term in terms.items()]).sum()
     return loss, {name: float(term.detach()) for name, term in terms.items()}
+
+
+def text_weights(ids: Tensor, given: Tensor) -> Tensor:
+    """Weight of each text token [B,T]: 0 if given, 1 for content and the pad that ends it, less for the pads behind."""
+    pads = (ids == PAD) & ~given  # a hidden prompt is pads too, and ends nothing
+    return (~given).float() * torch.where(pads.cumsum(1) <= 1, 1.0, PAD_WEIGHT)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mdm.tools.options import FILE, denormals_flushed, json_option, print_json, progress_bar
+from mdm.tools.options import FILE, json_option, print_json, progress_bar
 
 
 @click.command("evaluate")
@@ -43,7 +43,7 @@ def command(
         raise InputError(f"preset '{preset}' is of family 'dim', which has no text\nexpected one of family 'mdm'")
     overrides = {"steps": steps, "guidance": guidance, "solver": solver}
     settings = {name: value for name, value in overrides.items() if value is not None}
-    with denormals_flushed(), progress_bar(as_json) as bar:
+    with progress_bar(as_json) as bar:
         rows: dict[str, object] = {}
 
         def report(task: str, done: int, of: int) -> None:

@@ -20,7 +20,6 @@ from mdm.reference.world.language import caption, questions
 from mdm.reference.world.measure import to_picture, to_pixels
 from mdm.reference.world.render import render
 from mdm.reference.world.scene import Scene, all_scenes, held_out
-from mdm.tools.options import denormals_flushed
 
 COLUMNS, ZOOM, MARGIN, CAPTION = 6, 5, 14, 56  # pictures in a row; screen pixels a pixel; pixels around and below
 INK, PAPER, FAINT = (30, 30, 34), (255, 255, 255), (120, 120, 128)
@@ -84,8 +83,7 @@ def run_tasks(model: MDM, tokenizer: Tokenizer, seed: int) -> list[Section]:
 def command(out: Path, seed: int) -> None:
     model = load_model(SHIPPED_CHECKPOINT, "mdm-tiny")
     assert isinstance(model, MDM)
-    with denormals_flushed():
-        sections = run_tasks(model, Tokenizer(SHIPPED_TOKENIZER), seed)
+    sections = run_tasks(model, Tokenizer(SHIPPED_TOKENIZER), seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(sections).save(out)
     for title, items in sections:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mdm.tools.options import FILE, denormals_flushed, json_option, print_json, progress_bar
+from mdm.tools.options import FILE, json_option, print_json, progress_bar
 
 if TYPE_CHECKING:
     from mdm.reference.config import Config
@@ -75,7 +75,7 @@ def command(
     torch.manual_seed(seed)
     model = build_model(config) if init is None else load_model(init, config).train()
     trainer = Trainer(model, source, recipe, seed)
-    with denormals_flushed(), progress_bar(as_json) as bar:
+    with progress_bar(as_json) as bar:
         rows: dict[str, object] = {}
 
         def report(phase: str, step: int, of: int, losses: Mapping[str, float]) -> None:

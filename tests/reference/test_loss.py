@@ -17,7 +17,7 @@ from mdm.reference import Tokenizer, load_config, loss
 from mdm.reference.checkpoint import build_model
 from mdm.reference.data import Folder, Rows, World
 from mdm.reference.dim import DiM
-from mdm.reference.loss import Weights, dim_loss, draw_times, mdm_loss, training_mask
+from mdm.reference.loss import PAD_WEIGHT, Weights, dim_loss, draw_times, mdm_loss, text_weights, training_mask
 from mdm.reference.multimodal import MDM
 from mdm.reference.muon import orthogonal
 from mdm.reference.schedule import CosineSchedule
@@ -192,3 +192,10 @@ def test_orthogonal_brings_all_singular_values_near_one(shape: tuple[int, int], 
 
 def test_orthogonal_of_nothing_is_nothing() -> None:
     assert orthogonal(torch.zeros(2, 3, 4)).eq(0).all()
+
+
+@pytest.mark.parametrize("prompt", [[5, 6, 7], [0, 0, 0]], ids=["prompt", "hidden prompt"])
+def test_text_weights_end_at_the_first_generated_pad(prompt: list[int]) -> None:
+    """Pads in a hidden prompt's place are given: they neither count nor end the text behind them."""
+    ids, given = torch.tensor([[*prompt, 8, 9, 0, 0, 0]]), torch.tensor([[True] * 3 + [False] * 5])
+    assert text_weights(ids, given)[0].tolist() == pytest.approx([0, 0, 0, 1, 1, 1, PAD_WEIGHT, PAD_WEIGHT])

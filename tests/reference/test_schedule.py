@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def f64(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def test_sd_is_the_schedule_dim_was_trained_with() -> None:
+def test_sd_is_the_schedule_dim_was_trained_with(figure: Callable[[str, float, float], None]) -> None:
     """The oracle is DiM's own table, in float32; t is its sampler's grid and some times off the table."""
     oracle = load_file(ORACLE)
     schedule = make_schedule("sd")
@@ -46,8 +47,7 @@ def test_sd_is_the_schedule_dim_was_trained_with() -> None:
     }
     for name, value in measured.items():
         error = float((value - oracle[name].double()).abs().max())
-        print(f"{name}: {error:.1e}")
-        assert error < 1e-6, name
+        figure(f"dim oracle: schedule, {name}", error, 1e-6)
     assert schedule.model_time(1.0) == 1000
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,9 @@ CAPTIONS = ("two big red circles", "one small blue cross", "three green squares 
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run in an empty folder; undo what the verb sets for the whole process."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
