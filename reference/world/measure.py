@@ -26,7 +26,7 @@ from mdm.reference.world.language import (
     parse_caption,
     questions,
 )
-from mdm.reference.world.render import JITTERS, render
+from mdm.reference.world.render import SHIFTS, render
 from mdm.reference.world.scene import SHAPES, Scene, all_scenes, held_out
 
 BATCH = 50
@@ -64,7 +64,7 @@ def measure(
     rng = np.random.default_rng(seed)
     unseen = [scene for scene in all_scenes() if held_out(scene)]
     scenes = [unseen[i] for i in rng.permutation(np.arange(count) % len(unseen))]
-    shown = to_picture(np.stack([render(scene, JITTERS[rng.integers(len(JITTERS))]) for scene in scenes]))
+    shown = to_picture(np.stack([render(scene, SHIFTS[rng.integers(len(SHIFTS))]) for scene in scenes]))
 
     def run(task: str, **inputs: object) -> tuple[list[str], list[Detection]]:
         """The task over all samples in batches -> texts, detections."""
