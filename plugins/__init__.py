@@ -1,4 +1,11 @@
 """Ground floor: the two scan operators and what every other folder shares with them.
 
-Imports nothing else of this project. So far it holds the errors (`mdm.plugins.errors`).
+`contract.py` says what the operators are; `functions.py` and `linear_attention.py` write them in ONNX's own operators;
+`cpu/` is the native ONNX Runtime library, which `library.py` finds and registers. Imports nothing else of this project.
 """
+
+from __future__ import annotations
+
+from mdm.plugins.library import cpu_library_path, register
+
+__all__ = ["cpu_library_path", "register"]

@@ -1,6 +1,6 @@
 """Every command and every line of Python in the README runs, and every file it names exists.
 
-Training commands run as written but for a recipe of two steps; `tools/test` is what runs this file.
+Training runs with a recipe of two steps, benchmarks on one small point; `tools/test` is what runs this file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_command_is_known() -> None:
-    known = ("tools/demo", "tools/test", "mdm evaluate", "mdm train", "pip install")
+    known = ("tools/demo", "tools/test", "mdm evaluate", "mdm train", "mdm doctor", "mdm bench", "pip install")
     assert [command for command in COMMANDS if not command.startswith(known)] == []
 
 
@@ -79,6 +79,8 @@ def test_mdm_commands_run(folder_of_pictures: Path, monkeypatch: pytest.MonkeyPa
             words = shlex.split(command.replace("dim-small", "small.json"))[1:]
             if words[0] == "evaluate":
                 words[words.index("--count") + 1] = "2"
+            if words[0] == "bench":
+                words += ["--batch", "1", "--length", "20", "--width", "64", "--threads", "1", "--seconds", "0.001"]
             assert main(words) == 0, command
 
 

@@ -1,0 +1,183 @@
+"""The native library: against the recurrence with every instruction set of this machine; the same bits for any number
+of threads and any batch neighbour; errors that name the operator, the input and both numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdm.plugins.contract import OPERATORS, SELECTIVE_SCAN, SSD_SCAN, Operator
+from mdm.plugins.functions import scan_model
+from mdm.plugins.library import INSTRUCTION_SETS, instruction_set
+from mdm.tools.bench.scan_inputs import DECAYS, Arrays, scan_inputs
+
+both = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+FULL = {"B": 2, "L": 37, "D": 80, "H": 6, "P": 20, "N": 24, "G": 2}
+
+
+@both
+def test_against_the_recurrence(operator: Operator, session: Any, hold: Any, figure: Any) -> None:
+    def open_form(case: dict[str, Any], _inputs: Arrays) -> Any:
+        return session(scan_model(operator, case["has"], case["dtype"]), native=True)
+
+    hold(f"native {instruction_set()}", operator, open_form, figure)
+
+
+@pytest.mark.skipif("MDM_CPU_ISA" in os.environ, reason="runs inside of the test it would start")
+@pytest.mark.parametrize("name", INSTRUCTION_SETS[1:])
+def test_the_other_instruction_sets(name: str, figure: Any) -> None:
+    """This file again, in a process that MDM_CPU_ISA tells to use a lesser instruction set."""
+    if INSTRUCTION_SETS.index(name) <= INSTRUCTION_SETS.index(instruction_set()):
+        pytest.skip(f"{instruction_set()} is the best this machine has")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "MDM_CPU_ISA": name}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(rf"^(\w+, native {name}.*?)\s+(\S+)\s+(\S+)$", done.stdout, re.M)
+    assert len(rows) == 4
+    for title, value, limit in rows:
+        figure(title, float(value), float(limit))
+
+
+@both
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_size(operator: Operator, session: Any, exact: Any, data: st.DataObject) -> None:
+    """Sizes nobody would choose: odd widths, groups of one channel, a state of 1."""
+    groups, per_group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 70))
+    sizes = {name: data.draw(st.integers(1, high)) for name, high in (("B", 3), ("L", 70), ("N", 40), ("P", 70))}
+    sizes |= {"G": groups, "H": groups * min(per_group, 6), "D": groups * per_group}
+    has, decay = data.draw(st.integers(0, 15)), data.draw(st.sampled_from(DECAYS))
+    inputs = scan_inputs(operator, sizes, has, decay=decay, seed=data.draw(st.integers(0, 99)))
+    y = session(scan_model(operator, has), native=True).run(None, inputs)[0]
+    # Beside the sum of absolute values: in a result of one or two numbers the terms may cancel almost to nothing.
+    signed = (operator.inputs[0].name, "Bm", "C", "D", "z")
+    terms = exact(operator, {k: np.abs(v) if k in signed else v for k, v in inputs.items()})
+    assert np.abs(y - exact(operator, inputs)).max() <= 1e-6 * np.abs(terms).max()
+
+
+@both
+@pytest.mark.parametrize(
+    "sizes", [FULL, FULL | {"L": 300, "H": 2, "P": 64, "N": 64, "G": 1, "D": 256}], ids=["odd", "few heads"]
+)
+def test_threads_and_neighbours_change_no_bit(operator: Operator, sizes: dict[str, int], session: Any) -> None:
+    inputs = scan_inputs(operator, sizes | {"B": 5}, 15)
+    model = scan_model(operator, 15)
+    whole = session(model, native=True).run(None, inputs)[0]
+    for threads in (2, 3, 8):
+        np.testing.assert_array_equal(session(model, native=True, threads=threads).run(None, inputs)[0], whole)
+    rows = {spec.name for spec in operator.inputs if spec.dims[0] == "B"}
+    for row in range(5):
+        alone = {name: value[row : row + 1] if name in rows else value for name, value in inputs.items()}
+        np.testing.assert_array_equal(session(model, native=True).run(None, alone)[0], whole[row : row + 1])
+
+
+@both
+def test_a_masked_token_changes_no_bit_of_what_follows(operator: Operator, session: Any) -> None:
+    """Selection: with D and without z a token that is masked out leaves the state exactly as it was."""
+    model = scan_model(operator, 8)
+    inputs = scan_inputs(operator, FULL, 8)
+    inputs["mask"] = np.ones_like(inputs["mask"])
+    inputs["mask"][:, 5:9] = 0
+    other = dict(inputs)
+    for name in (operator.inputs[0].name, operator.inputs[1].name, "Bm"):
+        other[name] = inputs[name].copy()
+        other[name][:, 5:9] = 3.0
+    one, two = (session(model, native=True).run(None, values)[0] for values in (inputs, other))
+    np.testing.assert_array_equal(one, two)
+
+
+@both
+def test_what_is_not_a_number_stays_so(operator: Operator, session: Any) -> None:
+    for spec in operator.present(7):
+        inputs = scan_inputs(operator, FULL, 7)
+        inputs[spec.name].flat[0] = np.nan
+        assert np.isnan(session(scan_model(operator, 7), native=True).run(None, inputs)[0]).any(), spec.name
+
+
+@both
+def test_misshapen_inputs_are_named(operator: Operator, session: Any) -> None:
+    model = scan_model(operator, 15)
+    for info in model.graph.input:  # a file that promises nothing about shapes
+        info.type.tensor_type.ClearField("shape")
+    one = session(model, native=True)
+    good = scan_inputs(operator, FULL, 15)
+    one.run(None, good)
+    for spec in operator.inputs:
+        value = good[spec.name]
+        with pytest.raises(
+            Exception,
+            match=rf"{operator.name}: input '{spec.name}' has {value.ndim + 1} dimensions, expected {value.ndim}",
+        ):
+            one.run(None, good | {spec.name: value[None]})
+        for axis in range(value.ndim):
+            wrong = np.concatenate([value, value[(slice(None),) * axis + (slice(0, 1),)]], axis=axis)
+            with pytest.raises(
+                Exception,
+                match=rf"{operator.name}: input '\w+' has (\w = \d+, input '\w+' has \d+|G = 3, which does not divide)",
+            ):
+                one.run(None, good | {spec.name: wrong})
+
+
+@both
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_hostile_nodes_are_refused_or_computed(operator: Operator, session: Any, data: st.DataObject) -> None:
+    """Any rank, any size (0 too), any type, any `has`: an error or a result of the right shape, never a crash."""
+    sizes = {letter: data.draw(st.integers(0, 5)) for letter in "BLDHPNG"}
+    has, dtype = data.draw(st.integers(0, 15)), data.draw(st.sampled_from(["float32", "float16"]))
+    model = scan_model(operator, has, dtype)
+    inputs = scan_inputs(operator, sizes, has, dtype)
+    for info in model.graph.input:
+        info.type.tensor_type.ClearField("shape")
+    for name in data.draw(st.lists(st.sampled_from(sorted(inputs)), max_size=2, unique=True)):
+        shape = data.draw(st.lists(st.integers(0, 5), max_size=6))
+        inputs[name] = np.ones(shape, inputs[name].dtype)
+    try:
+        fits = True
+        operator.check({name: value.shape for name, value in inputs.items()})
+    except ValueError:
+        fits = False
+    one = session(model, native=True)
+    if fits:
+        assert one.run(None, inputs)[0].shape == inputs[operator.inputs[0].name].shape
+    else:
+        with pytest.raises(Exception, match=operator.name):
+            one.run(None, inputs)
+
+
+def test_groups_that_do_not_divide_are_named(session: Any) -> None:
+    for operator, whole in ((SSD_SCAN, "H = 6 of input 'x'"), (SELECTIVE_SCAN, "D = 80 of input 'u'")):
+        inputs = scan_inputs(operator, FULL | {"G": 3 if operator is SELECTIVE_SCAN else 4}, 0)
+        with pytest.raises(Exception, match=rf"G = \d, which does not divide {whole}"):
+            session(scan_model(operator, 0), native=True).run(None, inputs)
+
+
+@both
+@pytest.mark.parametrize(
+    ("has", "message"), [(16, "'has' is 16"), (-1, "'has' is -1"), (1, "the node has 5"), (0, "the node has 6")]
+)
+def test_a_wrong_presence_mask_is_named(operator: Operator, has: int, message: str, session: Any) -> None:
+    """A node with the inputs of has = 0 or 1 that says otherwise."""
+    model = scan_model(operator, 1 if has == 0 else 0)
+    del model.functions[:]
+    next(a for a in model.graph.node[0].attribute if a.name == "has").i = has
+    inputs = scan_inputs(operator, FULL, 1 if has == 0 else 0)
+    with pytest.raises(Exception, match=message):
+        session(model, native=True).run(None, inputs)
+
+
+@both
+def test_shape_inference_keeps_names(operator: Operator, session: Any) -> None:
+    model = scan_model(operator, 3)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    (output,) = session(model, native=True).get_outputs()
+    assert output.shape == list(operator.inputs[0].dims)

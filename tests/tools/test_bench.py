@@ -1,0 +1,48 @@
+"""`mdm bench ops` on a grid of one small point: every form is there and has a time; a wrong call is told."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mdm.tools.bench.clock import median_time, memory_peak, multiply_add_peak
+from mdm.tools.bench.ops import AIMS
+from mdm.tools.main import main
+
+SMALL = ["bench", "ops", "--batch", "2", "--length", "40", "--width", "128", "--threads", "1", "--seconds", "0.001"]
+Out = pytest.CaptureFixture[str]
+
+
+def test_every_form_is_measured(capsys: Out) -> None:
+    assert main([*SMALL, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    forms = {(row["operator"], row["point"]["state"]): set(row["milliseconds"]) for row in report["rows"]}
+    ssd = {"native", "body", "linear", "torch"}
+    assert forms == {("selective_scan", 16): ssd - {"linear"}, ("ssd_scan", 64): ssd, ("ssd_scan", 128): ssd}
+    for row in report["rows"]:
+        assert min(row["milliseconds"].values()) > 0
+        assert 0 < row["share_of_peak"] < 1
+    assert set(report["medians"]) == set(AIMS)
+
+
+def test_the_table_names_its_aims(capsys: Out) -> None:
+    assert main([*SMALL, "--state", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("ssd_scan | 2 | 40 | 128 | 64 | 1 | ") for line in lines) == 1
+    assert any("aim: native at least 2.5 times faster than linear: " in line for line in lines)
+
+
+def test_a_wrong_width_is_told(capsys: Out) -> None:
+    assert main(["bench", "ops", "--width", "100"]) == 2
+    assert "--width is 100, expected multiples of 64" in capsys.readouterr().err
+
+
+def test_the_clock_counts_time_and_memory() -> None:
+    calls: list[int] = []
+    assert median_time(lambda: calls.append(1), 0) >= 0
+    assert calls == [1]
+    peak = memory_peak(lambda: np.ones(4_000_000))
+    assert peak is None or 30e6 < peak < 40e6
+    assert multiply_add_peak(1) > 1e9

@@ -1,0 +1,15 @@
+"""The verb `mdm bench` and its parts."""
+
+from __future__ import annotations
+
+import click
+
+from mdm.tools.bench.ops import command as ops
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure speed and memory."""
+
+
+command.add_command(ops)
