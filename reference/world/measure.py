@@ -63,7 +63,8 @@ def measure(
     """All figures on `count` requests a task; `settings` override the config's sampler."""
     rng = np.random.default_rng(seed)
     unseen = [scene for scene in all_scenes() if held_out(scene)]
-    scenes = [unseen[i] for i in rng.permutation(np.arange(count) % len(unseen))]
+    spread = np.arange(count) * max(1, len(unseen) // count) % len(unseen)  # few requests: not all of one object
+    scenes = [unseen[i] for i in rng.permutation(spread)]
     shown = to_picture(np.stack([render(scene, SHIFTS[rng.integers(len(SHIFTS))]) for scene in scenes]))
 
     def run(task: str, **inputs: object) -> tuple[list[str], list[Detection]]:

@@ -183,4 +183,5 @@ def test_every_verb_can_be_loaded_and_has_json(name: str) -> None:
     module, _, attribute = VERBS[name][0].partition(":")
     command = getattr(import_module(module), attribute)
     assert isinstance(command, click.Command)
-    assert "--json" in {option for param in command.params for option in param.opts}
+    for one in command.commands.values() if isinstance(command, click.Group) else [command]:
+        assert "--json" in {option for param in one.params for option in param.opts}
