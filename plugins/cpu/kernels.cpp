@@ -1,4 +1,4 @@
-// The kernels of one instruction set: compiled once for each, with its flags and MDM_KERNELS naming the table.
+// The kernels of one instruction set: compiled once for each, with its flags.
 #include "selective.h"
 #include "ssd.h"
 

@@ -3,7 +3,6 @@
 // The contract (names, order, dimensions, types) comes from contract.py through contract.h. ONNX Runtime calls from
 // its own threads and knows no exceptions: nothing is thrown out of this file.
 #include <atomic>
-#include <cstdio>
 #include <map>
 #include <new>
 #include <string>
@@ -41,7 +40,6 @@ ort::Status* guarded(const char* name, Body body) {
     return api->CreateStatus(ort::kFail, (std::string(name) + ": out of memory").c_str());
   }
 }
-
 
 // The inputs of one call: found by name, their sizes by letter.
 template <typename Operator>
@@ -253,12 +251,13 @@ MDM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const or
       Description<mdm::MambaSsdScan, ort::kFloat>::make(),
       Description<mdm::MambaSsdScan, ort::kFloat16>::make(),
   };
-  api = base->GetApi(ort::kApiVersion);
-  if (!api) {  // version 1 has always been there, and its first slot makes a status
+  const ort::Api* found = base->GetApi(ort::kApiVersion);
+  if (!found) {  // version 1 has always been there, and its first slot makes a status
     const std::string message = std::string("mdm: this ONNX Runtime is ") + base->GetVersionString() + ", expected 1." +
                                 std::to_string(ort::kApiVersion) + " or newer";
     return base->GetApi(1)->CreateStatus(ort::kFail, message.c_str());
   }
+  api = found;  // only now: sessions of another ONNX Runtime in this process may be using it
   if (!mdm::kernels()) {
     return api->CreateStatus(ort::kInvalidArgument,
                              "mdm: MDM_CPU_ISA names an instruction set that this machine or build does not have");

@@ -21,9 +21,9 @@ struct ShapeInferContext;
 struct TypeAndShape;
 struct Value;
 
-enum ErrorCode { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
+enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 enum ElementType { kUndefined = 0, kFloat = 1, kFloat16 = 10 };
-enum Characteristic { kRequired = 0, kOptional = 1, kVariadic = 2 };
+enum Characteristic { kRequired = 0, kVariadic = 2 };
 
 struct CustomOp;
 

@@ -6,12 +6,18 @@ import ctypes
 import os
 import subprocess
 import sys
+from typing import Any
 
 import onnxruntime
 import pytest
 
 from mdm.plugins import cpu_library_path, library, register
+from mdm.plugins.contract import SSD_SCAN
 from mdm.plugins.errors import EnvironmentLackError, InputError
+from mdm.plugins.functions import scan_model
+from mdm.tools.bench.scan_inputs import scan_inputs
+
+SIZES = {"B": 1, "L": 3, "H": 2, "P": 4, "N": 5, "G": 1}
 
 
 def test_registering_twice_is_an_error_at_once() -> None:
@@ -36,8 +42,12 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     assert "MDM_CPU_ISA is 'sse9', which this machine or this build does not have" in done.stderr
 
 
-def test_a_runtime_that_is_too_old_is_told_so() -> None:
-    """A made-up ONNX Runtime 1.16: it has API version 1, to make a status with, and no version 17."""
+def test_a_runtime_that_is_too_old_is_told_so(session: Any) -> None:
+    """A made-up ONNX Runtime 1.16: it has API version 1, to make a status with, and no version 17.
+
+    A session of the real one goes on running.
+    """
+    running, inputs = session(scan_model(SSD_SCAN, 0), native=True), scan_inputs(SSD_SCAN, SIZES, 0)
     said: list[bytes] = []
     create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(
         lambda _, text: said.append(text) or 1
@@ -51,6 +61,7 @@ def test_a_runtime_that_is_too_old_is_told_so() -> None:
     register_custom_ops.restype = ctypes.c_void_p
     assert register_custom_ops(None, base) == 1
     assert said == [b"mdm: this ONNX Runtime is 1.16.3, expected 1.17 or newer"]
+    assert running.run(None, inputs)[0].shape == inputs["x"].shape
 
 
 def test_plugins_import_neither_torch_nor_onnx() -> None:
