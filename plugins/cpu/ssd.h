@@ -106,8 +106,8 @@ class SsdItem {
   }
 
  private:
-  // B, C [Q,N] of this chunk (rows behind the end stay what they were: nothing reads them into a result, but they must
-  // be finite, so they are zero), B turned [N] x panels over Q, and the products C B^T [Q,Q].
+  // B, C [Q,N] of this chunk, with rows of zeros behind the end, B turned into panels [Q/W,N,W], and the products
+  // C B^T [Q,Q].
   void read_group() {
     const int64_t step = in_.G * in_.N, first = ((batch_ * in_.L + start_) * in_.G + group_) * in_.N;
     const T *B = static_cast<const T*>(in_.Bm) + first, *C = static_cast<const T*>(in_.C) + first;
