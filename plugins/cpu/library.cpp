@@ -6,6 +6,7 @@
 #include <map>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "contract.h"
 #include "ort_abi.h"
@@ -182,6 +183,21 @@ void compute(ort::KernelContext* context, const Inputs<mdm::MambaSsdScan>& in, b
   }
 }
 
+// Whether every dimension has a size or a name. Of one with neither ONNX Runtime 1.31 makes the size -1 when the shape
+// is set as an output's, and then sometimes tries to allocate that much.
+bool known(const ort::TypeAndShape* shape) {
+  size_t rank = 0;
+  check(api->GetDimensionsCount(shape, &rank));
+  std::vector<int64_t> sizes(rank);
+  std::vector<const char*> names(rank, "");
+  check(api->GetDimensions(shape, sizes.data(), rank));
+  check(api->GetSymbolicDimensions(shape, names.data(), rank));
+  for (size_t i = 0; i < rank; ++i) {
+    if (sizes[i] < 0 && !*names[i]) return false;
+  }
+  return true;
+}
+
 // One operator for one activation type, as ONNX Runtime wants it described. Its optional inputs are a variadic tail of
 // any type: which of them stands at which place depends on `has`, and parameters are float32 beside float16 tensors.
 template <typename Operator, ort::ElementType kActivation>
@@ -231,10 +247,12 @@ struct Description {
       });
     };
     op.KernelDestroy = [](void* kernel) { delete static_cast<int64_t*>(kernel); };
-    op.InferOutputShape = [](const ort::CustomOp*, ort::ShapeInferContext* context) -> ort::Status* {
-      ort::TypeAndShape* shape = nullptr;  // the context owns it
-      if (ort::Status* status = api->ShapeInferContext_GetInputTypeShape(context, 0, &shape)) return status;
-      return api->ShapeInferContext_SetOutputTypeShape(context, 0, shape);
+    op.InferOutputShape = [](const ort::CustomOp*, ort::ShapeInferContext* context) {
+      return guarded(Operator::kName, [&] {
+        ort::TypeAndShape* shape = nullptr;  // the context owns it
+        check(api->ShapeInferContext_GetInputTypeShape(context, 0, &shape));
+        if (known(shape)) check(api->ShapeInferContext_SetOutputTypeShape(context, 0, shape));
+      });
     };
     return op;
   }

@@ -39,7 +39,8 @@ struct Api {
   Status* (*GetTensorElementType)(const TypeAndShape*, ElementType*);      // 60
   Status* (*GetDimensionsCount)(const TypeAndShape*, size_t*);             // 61
   Status* (*GetDimensions)(const TypeAndShape*, int64_t*, size_t);         // 62
-  void* unused_63[2];
+  Status* (*GetSymbolicDimensions)(const TypeAndShape*, const char**, size_t);  // 63; "" where there is no name
+  void* unused_64[1];
   Status* (*GetTensorTypeAndShape)(const Value*, TypeAndShape**);  // 65
   void* unused_66[20];
   Status* (*KernelInfoGetAttribute_int64)(const KernelInfo*, const char*, int64_t*);  // 86

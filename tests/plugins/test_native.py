@@ -181,3 +181,13 @@ def test_shape_inference_keeps_names(operator: Operator, session: Any) -> None:
     model.graph.output[0].type.tensor_type.ClearField("shape")
     (output,) = session(model, native=True).get_outputs()
     assert output.shape == list(operator.inputs[0].dims)
+
+
+@both
+def test_shape_inference_leaves_an_unnamed_dimension_open(operator: Operator, session: Any) -> None:
+    """ONNX Runtime would make -1 of it, take that for a size, and run out of memory on graphs that reshape later."""
+    model = scan_model(operator, 3)
+    model.graph.input[0].type.tensor_type.shape.dim[0].Clear()
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    (output,) = session(model, native=True).get_outputs()
+    assert -1 not in output.shape
