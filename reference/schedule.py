@@ -114,8 +114,11 @@ class SdSchedule(NoiseSchedule):
 
     @staticmethod
     def _segment(t: Tensor) -> Tensor:
-        """Index of the table entry at or below t; the first and last segments extend outwards."""
-        return (t * 1000 - 1).floor().clamp(0, 998).long()
+        """Index of the table entry at or below t; the first and last segments extend outwards.
+
+        A time that rounding has put just below an entry counts as that entry: beta jumps there.
+        """
+        return (t * 1000 - 1 + 1e-9).floor().clamp(0, 998).long()
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,14 @@ def select(
     """The mask [B,L] for the next evaluation: 1 where a token moves the scan's state (Theorem 3: se about 0).
 
     At a sampling step z_0 is unknown, so the estimate before stands for it and Y holds the two estimates: se is small
-    where the token has settled. The j = ceil(keep * generated) smallest are kept; given tokens always are.
+    where the token has settled. The j = ceil(keep * generated) smallest are kept; given tokens always are. With two
+    candidates se = l tanh(l / 2), l = a^2 |x0 - x0_before|^2 / (2 s^2 d), which ranks as l does; se itself would be
+    lost to rounding where a token has settled.
     """
     if keep == 1:
         return torch.ones_like(x0[..., 0])
-    se = score_entropy(torch.stack([x0, x0_before]), x0, x0_before, alpha, sigma)  # [B,L]
-    rank = se.masked_fill(given, -1).argsort(dim=-1, stable=True).argsort(dim=-1)  # given tokens come first
+    unrest = (alpha / sigma).squeeze(-1) ** 2 * (x0 - x0_before).square().mean(-1)  # [B,L]
+    rank = unrest.masked_fill(given, -1).argsort(dim=-1, stable=True).argsort(dim=-1)  # given tokens come first
     count = given.sum(-1)  # [B]
     j = count + torch.ceil(keep * (x0.shape[1] - count).double() - 1e-9)  # 0.3 * 50 is 15.000001 in float32
     return (rank < j[:, None]).to(x0.dtype)
