@@ -82,7 +82,9 @@ class Body:
         return name
 
 
-def function_body(operator: Operator, has: int, dtype: str = "float32", chunk_size: int = 64) -> FunctionProto:
+def function_body(
+    operator: Operator, has: int, dtype: str = "float32", chunk_size: int = 64, opset: int = OPSET
+) -> FunctionProto:
     """The function that a node of this pattern calls where no native form is at hand."""
     if dtype not in ACTIVATIONS:
         raise ValueError(f"activations are {dtype!r}, expected one of: {', '.join(ACTIVATIONS)}")
@@ -90,7 +92,7 @@ def function_body(operator: Operator, has: int, dtype: str = "float32", chunk_si
     body = Body(operator.name)
     scan = partial(ssd, chunk_size=chunk_size) if operator is SSD_SCAN else selective
     whole_operator(body, operator, {name: name for name in present}, TYPES[dtype], scan, "y")
-    return helper.make_function(DOMAIN, operator.name, present, ["y"], body.nodes, [helper.make_opsetid("", OPSET)])
+    return helper.make_function(DOMAIN, operator.name, present, ["y"], body.nodes, [helper.make_opsetid("", opset)])
 
 
 def whole_operator(
@@ -222,10 +224,11 @@ def attach_functions(model: ModelProto, dtype: str = "float32") -> None:
                 f"node '{node.name}' is a {node.op_type} with {attributes}, another has {patterns[node.op_type]}: "
                 "a file can hold one body for each operator"
             )
+    opset = next(entry.version for entry in model.opset_import if not entry.domain)  # a function must have the same
     for name, attributes in patterns.items():
         operator = OPERATORS[name]
         chunk = {"chunk_size": attributes["chunk_size"]} if "chunk_size" in attributes else {}
-        model.functions.append(function_body(operator, attributes["has"], dtype, **chunk))
+        model.functions.append(function_body(operator, attributes["has"], dtype, opset=opset, **chunk))
 
 
 def scan_model(operator: Operator, has: int, dtype: str = "float32", **attributes: Any) -> ModelProto:

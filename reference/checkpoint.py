@@ -100,52 +100,65 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def fit_tensors(found: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     """The file's tensors under the model's names, in float32; the first that does not fit is an error."""
+    facts = {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in found.items()}
+    fitted: dict[str, Tensor] = {}
+    for name, given_name in fit_names(facts, model, path).items():
+        tensor = found[given_name]
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise InputError(
+                f"tensor '{given_name}' of '{path}' is {tensor.layout} on {tensor.device}, expected plain values"
+            )
+        if name == "backbone.position":
+            tensor = position_for(tensor, model.state_dict()[name].shape)
+        fitted[name] = tensor.float()
+    return fitted
+
+
+def fit_names(found: Mapping[str, tuple[tuple[int, ...], str]], model: nn.Module, path: str | Path) -> dict[str, str]:
+    """Our name -> the file's name, for all tensors of the model, out of what the file holds: name -> shape, type."""
     expected = model.state_dict()
     published = {published_name(name): name for name in expected}
-    renamed: dict[str, tuple[str, Tensor]] = {}
-    for name, tensor in found.items():
-        ours = published.get(name, name)
-        if ours in renamed:
-            raise InputError(f"checkpoint '{path}' has one tensor under two names, {renamed[ours][0]!r} and {name!r}")
-        renamed[ours] = name, tensor
-    missing = [published_name(name) for name in expected if name not in renamed]
+    names: dict[str, str] = {}
+    for given_name in found:
+        ours = published.get(given_name, given_name)
+        if ours in names:
+            raise InputError(f"checkpoint '{path}' has one tensor under two names, {names[ours]!r} and {given_name!r}")
+        names[ours] = given_name
+    missing = [published_name(name) for name in expected if name not in names]
     if missing:
         raise InputError(
             f"checkpoint '{path}' lacks the tensor '{missing[0]}' ({len(missing)} missing, {len(found)} found)\n"
             f"expected {len(expected)} tensors; is it a checkpoint of another config?"
         )
-    fitted: dict[str, Tensor] = {}
-    for name, (given_name, tensor) in renamed.items():
+    for name, given_name in names.items():
         if name not in expected:
             raise InputError(
                 f"checkpoint '{path}' has the tensor {given_name!r}, which the model does not\n"
                 "is it a checkpoint of another config?"
             )
-        if tensor.layout != torch.strided or tensor.is_meta:
-            raise InputError(
-                f"tensor '{given_name}' of '{path}' is {tensor.layout} on {tensor.device}, expected plain values"
-            )
-        if not tensor.is_floating_point():
-            raise InputError(f"tensor '{given_name}' of '{path}' has type {tensor.dtype}, expected floating point")
-        shape = expected[name].shape
-        if name == "backbone.position":
-            tensor = _position_for(tensor, shape)
-        if tensor.shape != shape:
-            raise InputError(
-                f"tensor '{given_name}' of '{path}' has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
-            )
-        fitted[name] = tensor.float()
-    return fitted
+        shape, dtype = found[given_name]
+        if not dtype.startswith(("float", "bfloat")):
+            raise InputError(f"tensor '{given_name}' of '{path}' has type {dtype}, expected floating point")
+        fits = _resizable if name == "backbone.position" else tuple.__eq__
+        wanted = tuple(expected[name].shape)
+        if shape != wanted and not fits(shape, wanted):
+            raise InputError(f"tensor '{given_name}' of '{path}' has shape {shape}, expected {wanted}")
+    return names
 
 
-def _position_for(position: Tensor, shape: torch.Size) -> Tensor:
-    """Positions learned at another picture size, resized; what is not a square grid's is left to the shape check."""
-    if position.shape == shape or position.shape[::2] != shape[::2] or position.shape[1] <= 3:
+def _resizable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether these are positions of a square grid of another size."""
+    if len(shape) != 3 or shape[::2] != wanted[::2] or shape[1] <= 3:
+        return False
+    return math.isqrt(shape[1] - 2) ** 2 == shape[1] - 2
+
+
+def position_for(position: Tensor, shape: torch.Size) -> Tensor:
+    """Positions learned at another picture size, resized."""
+    if position.shape == shape:
         return position
-    side, wanted = math.isqrt(position.shape[1] - 2), math.isqrt(shape[1] - 2)
-    if side**2 != position.shape[1] - 2:
-        return position
-    return torch.cat([position[:, :2], resize_position(position[:, 2:].float(), wanted, wanted)], dim=1)
+    side = math.isqrt(shape[1] - 2)
+    return torch.cat([position[:, :2], resize_position(position[:, 2:].float(), side, side)], dim=1)
 
 
 def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], config: Config, **facts: str) -> None:

@@ -23,6 +23,8 @@ from mdm.plugins.errors import MdmError
 
 # verb -> (module:attribute of its click command, line shown by `mdm --help`)
 VERBS: Mapping[str, tuple[str, str]] = {
+    "export": ("mdm.tools.export:command", "Make a bundle of ONNX graphs from a checkpoint."),
+    "inspect": ("mdm.tools.inspect:command", "Show what is in a bundle."),
     "train": ("mdm.tools.train:command", "Train a model, or go on with one."),
     "bench": ("mdm.tools.bench.command:command", "Measure speed and memory."),
     "doctor": ("mdm.tools.doctor:command", "Say what works on this machine, and what to do about the rest."),

@@ -183,19 +183,23 @@ void compute(ort::KernelContext* context, const Inputs<mdm::MambaSsdScan>& in, b
   }
 }
 
-// Whether every dimension has a size or a name. Of one with neither ONNX Runtime 1.31 makes the size -1 when the shape
-// is set as an output's, and then sometimes tries to allocate that much.
-bool known(const ort::TypeAndShape* shape) {
+// Names the dimensions that have neither a size nor a name, each differently. ONNX Runtime 1.31 makes such a one -1
+// when the shape is set as an output's, and then sometimes tries to allocate that much; an output without a shape it
+// takes for a scalar.
+void name_dimensions(ort::TypeAndShape* shape) {
+  static std::atomic<int64_t> count{0};
   size_t rank = 0;
   check(api->GetDimensionsCount(shape, &rank));
   std::vector<int64_t> sizes(rank);
   std::vector<const char*> names(rank, "");
   check(api->GetDimensions(shape, sizes.data(), rank));
   check(api->GetSymbolicDimensions(shape, names.data(), rank));
+  std::vector<std::string> kept(rank);  // setting names may free the ones that were got
   for (size_t i = 0; i < rank; ++i) {
-    if (sizes[i] < 0 && !*names[i]) return false;
+    kept[i] = sizes[i] < 0 && !*names[i] ? "mdm_dim_" + std::to_string(count++) : names[i];
   }
-  return true;
+  for (size_t i = 0; i < rank; ++i) names[i] = kept[i].c_str();
+  check(api->SetSymbolicDimensions(shape, names.data(), rank));
 }
 
 // One operator for one activation type, as ONNX Runtime wants it described. Its optional inputs are a variadic tail of
@@ -251,7 +255,8 @@ struct Description {
       return guarded(Operator::kName, [&] {
         ort::TypeAndShape* shape = nullptr;  // the context owns it
         check(api->ShapeInferContext_GetInputTypeShape(context, 0, &shape));
-        if (known(shape)) check(api->ShapeInferContext_SetOutputTypeShape(context, 0, shape));
+        name_dimensions(shape);
+        check(api->ShapeInferContext_SetOutputTypeShape(context, 0, shape));
       });
     };
     return op;

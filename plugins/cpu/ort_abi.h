@@ -57,7 +57,8 @@ struct Api {
   Status* (*ShapeInferContext_GetInputTypeShape)(const ShapeInferContext*, size_t, TypeAndShape**);  // 268
   void* unused_269[1];
   Status* (*ShapeInferContext_SetOutputTypeShape)(const ShapeInferContext*, size_t, const TypeAndShape*);  // 270
-  void* unused_271[3];
+  Status* (*SetSymbolicDimensions)(TypeAndShape*, const char**, size_t);  // 271
+  void* unused_272[2];
   Status* (*KernelContext_ParallelFor)(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*);  // 274
 };
 

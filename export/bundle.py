@@ -1,0 +1,272 @@
+"""Export: from a checkpoint to a bundle, in phases. What is not right is never published.
+
+Everything is written into a hidden folder beside the target, which takes the target's name in the end: a killed export
+leaves nothing at the target.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mdm.export.golden import write_cases, write_runs, write_tables
+from mdm.export.graphs import Built, GraphSpec, build_graph, check_sizes, plan_graphs
+from mdm.export.manifest import graph_entry, make_manifest
+from mdm.export.precision import Precision, make_precision
+from mdm.export.validate import Validation
+from mdm.export.weights import WEIGHTS, Checkpoint, Weights
+from mdm.plugins.errors import EnvironmentLackError, InputError
+from mdm.reference.autoencoder import Autoencoder, load_autoencoder
+from mdm.reference.config import Config, load_config
+from mdm.reference.tasks import check_tokenizer
+from mdm.reference.tokenizer import Tokenizer
+from mdm.runtime.bundle import MANIFEST, open_bundle, sha256_of
+
+OPSETS = range(20, 26)  # 26 is not in ONNX Runtime's released set; below 20 some operators have other inputs
+BF16_OPSET = 22  # the first with a bfloat16 Conv
+TOKENIZER = "tokenizer.model"
+SD_SCALE = 0.18215  # what Stable Diffusion's autoencoder, and DiM's with it, scales its latents by
+
+Report = Callable[[str, float | None], None]  # phase; seconds it took, None when it begins
+
+
+@dataclass
+class Export:
+    """One export under way; `folder` is where it is written before it is published."""
+
+    checkpoint: Checkpoint
+    config: Config
+    precision: Precision
+    opset: int
+    image_sizes: Sequence[int]
+    upsample: Sequence[int]
+    autoencoder: Autoencoder | None
+    latent_scale: float
+    folder: Path
+    report: Report
+    built: list[Built] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.report(name, None)
+        start = time.monotonic()
+        yield
+        self.report(name, time.monotonic() - start)
+
+    @property
+    def specs(self) -> list[GraphSpec]:
+        plan = plan_graphs(self.config, self.image_sizes, self.upsample)
+        if self.autoencoder is not None:
+            plan += [GraphSpec(f"{role}_image", role, modalities=("image",)) for role in ("encode", "decode")]
+        return plan
+
+    def write(self) -> tuple[str, dict[str, dict[str, Any]]]:
+        """Weights and graphs -> the checkpoint's hash, and the manifest's entry of each graph."""
+        weights = Weights(self.checkpoint, self.precision.activations)
+        with ThreadPoolExecutor(1) as pool:
+            source = self.checkpoint.path
+            with self.phase("copy weights"):
+                if weights.verbatim:
+                    weights.copy(self.folder)
+                    source = self.folder / WEIGHTS
+            # 16 GB take half a minute to hash, and hashing lets go of Python's lock.
+            sha256 = pool.submit(sha256_of, source)
+            with self.phase("build graphs"):
+                for spec in self.specs:
+                    self.built.append(build_graph(spec, self.config, weights, self.precision, self.opset, self.halves))
+            with self.phase("derive weights"):
+                self.check_space(weights.derived_bytes)
+                weights.write_derived(self.folder)
+            with self.phase("hash checkpoint"):
+                digest = sha256.result()
+            with self.phase("write graphs"):
+                return digest, self.write_graphs(weights, digest)
+
+    @property
+    def halves(self) -> tuple[Autoencoder, float] | None:
+        return None if self.autoencoder is None else (self.autoencoder, self.latent_scale)
+
+    def write_graphs(self, weights: Weights, sha256: str) -> dict[str, dict[str, Any]]:
+        entries = {}
+        for built in self.built:
+            model = built.model
+            weights.place(model, built.stored)
+            found = {entry.domain: entry.version for entry in model.opset_import}
+            if found.get("") != self.opset:
+                raise AssertionError(f"graph '{built.spec.name}' came out with opsets {found}, asked was {self.opset}")
+            facts = {
+                "mdm.graph": built.spec.name, "mdm.version": version("mdm-deploy"), "mdm.opset": str(self.opset),
+                "mdm.precision": self.precision.name, "mdm.checkpoint.sha256": sha256,
+                "mdm.config": json.dumps(json.loads(self.config.to_json()), sort_keys=True),
+            }  # fmt: skip
+            for key, value in facts.items():
+                model.metadata_props.add(key=key, value=value)
+            (self.folder / f"{built.spec.name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+            entries[built.spec.name] = graph_entry(built, model)
+        return entries
+
+    def check_space(self, wanted: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < wanted:
+            raise no_space(self.folder, f"{wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    config: str | Path | Mapping[str, Any] | Config,
+    out: str | Path,
+    *,
+    precision: str = "fp32",
+    opset: int | None = None,
+    image_sizes: Sequence[int] = (),
+    upsample: Sequence[int] = (),
+    fp32_layers: Sequence[str] = (),
+    tokenizer: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    latent_scale: float = SD_SCALE,
+    validate: bool = True,
+    force: bool = False,
+    report: Report = lambda phase, seconds: None,
+) -> Path:
+    """Write the bundle `out` for a checkpoint; config, precision and sizes as in `mdm export --help`.
+
+    `validate=False` leaves out all that runs the model: validation and golden outputs.
+    """
+    loaded = load_config(config)
+    out = Path(out)
+    kinds = make_precision(precision, fp32_layers)
+    opset = checked_opset(opset, kinds)
+    sizes = list(dict.fromkeys([loaded.image_size, *image_sizes]))
+    check_sizes(loaded, sizes, upsample)
+    check_target(out, force)
+    if autoencoder is not None and (loaded.family != "dim" or loaded.in_channels == 3):
+        raise InputError("an external autoencoder belongs to a DiM that works on latents; this config works on pixels")
+    source = Checkpoint(Path(checkpoint), loaded)
+    pieces = tokenizer_file(loaded, source.path, tokenizer)
+    halves = None if autoencoder is None else load_autoencoder(autoencoder)
+    if halves is not None and halves.shape.latent != loaded.in_channels:
+        raise InputError(
+            f"autoencoder '{autoencoder}' has {halves.shape.latent} latent channels, the config {loaded.in_channels}"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        job = Export(source, loaded, kinds, opset, sizes, sorted(set(upsample)), halves, latent_scale, folder, report)
+        sha256, graphs = job.write()
+        if pieces is not None:
+            shutil.copyfile(pieces, folder / TOKENIZER)
+        write_tables(folder / "sampler", loaded)
+        validation, golden = prove(job) if validate else ({"state": "skipped", "reason": "--no-validate"}, {})
+        with job.phase("sign"):
+            described = {"factor": halves.shape.factor, "scale": latent_scale} if halves else None
+            manifest = make_manifest(
+                out.name.removesuffix(".bundle"), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), loaded, source,
+                sha256, kinds, opset, graphs, signed_files(folder, sha256),
+                TOKENIZER if pieces is not None else None, described, validation, golden,
+            )  # fmt: skip
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            open_bundle(folder)
+        publish(folder, out, force)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise no_space(out.parent, "the disk became full") from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+def checked_opset(opset: int | None, precision: Precision) -> int:
+    least = BF16_OPSET if precision.name == "bf16" else OPSETS[0]
+    if opset is None:
+        return least
+    if opset not in OPSETS or opset < least:
+        raise InputError(f"opset {opset} cannot be exported in {precision.name}\nexpected {least} to {OPSETS[-1]}")
+    return opset
+
+
+def check_target(out: Path, force: bool) -> None:
+    """A target may be overwritten only if it is a bundle, and only when asked."""
+    if not os.path.lexists(out):
+        return
+    if not (out / MANIFEST).is_file() or out.is_symlink():
+        raise InputError(f"'{out}' exists and is not a bundle\nname another target; it is not overwritten")
+    if not force:
+        raise InputError(f"bundle '{out}' exists\nto replace it, say --force")
+
+
+def tokenizer_file(config: Config, checkpoint: Path, given: str | Path | None) -> Path | None:
+    """The tokenizer that was asked for, or that lies beside the checkpoint, as the trainer puts it."""
+    if config.family != "mdm":
+        if given is not None:
+            raise InputError("family 'dim' has no text: it takes no tokenizer")
+        return None
+    path = checkpoint.with_suffix(".tokenizer.model") if given is None else Path(given)
+    if given is None and not path.is_file():
+        raise InputError(
+            f"no tokenizer was given, and there is no '{path}'\n"
+            "name the SentencePiece model that the checkpoint was trained with: --tokenizer FILE"
+        )
+    check_tokenizer(Tokenizer(path), config)
+    return path
+
+
+def prove(job: Export) -> tuple[dict[str, Any], dict[str, str]]:
+    """Validate what was written, then write the golden files."""
+    validation = Validation(job.folder, job.checkpoint, job.config, job.precision, job.opset, job.built, job.halves)
+    with job.phase("check graphs"):
+        validation.check_files()
+    with job.phase("validate"):
+        record = validation.run()
+    if not validation.fits:
+        return record | {"golden": "skipped: the whole model does not fit into this machine's memory"}, {}
+    with job.phase("golden outputs"):
+        folder = job.folder / "golden"
+        folder.mkdir()
+        truth = validation.truth
+        golden = write_cases(folder, job.specs, job.config, truth)
+        golden |= write_runs(folder, job.config, truth, validation.parameters)
+    with job.phase("validate runs"):
+        record["runs"] = validation.runs(golden)
+    return record, golden
+
+
+def signed_files(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            known = weights_sha256 if name == WEIGHTS else None
+            files[name] = {"size": path.stat().st_size, "sha256": known or sha256_of(path)}
+    return files
+
+
+def publish(folder: Path, out: Path, force: bool) -> None:
+    """Give the finished folder its name; an earlier bundle goes once the new one stands."""
+    folder.chmod(0o755)
+    earlier = None
+    check_target(out, force)
+    if out.exists():
+        earlier = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".replaced", dir=out.parent))
+        os.rename(out, earlier)
+    os.rename(folder, out)
+    if earlier is not None:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def no_space(place: Path, found: str) -> EnvironmentLackError:
+    return EnvironmentLackError(
+        f"not enough space for the bundle in '{place}': {found}\nmake room or name another place; nothing was written"
+    )

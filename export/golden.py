@@ -1,0 +1,196 @@
+"""What goes into a bundle so that it can be checked, and driven, where no PyTorch is.
+
+    golden/<graph>.safetensors       inputs `in.<name>` and the model's answers `out.<name>`, float32
+    golden/task_<task>.safetensors   one whole run: start, conditioning, table, and the latents at every evaluation
+    sampler/<task>.json              the table of the default sampler, for hosts in any language
+
+Letters: B batch, S evaluations, L latent tokens, T text tokens, d latent width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from mdm.export.cases import Arrays, Truth, points_of
+from mdm.export.graphs import GraphSpec
+from mdm.reference.config import Config
+from mdm.reference.dim import DiM
+from mdm.reference.generate import Estimator, schedule_of
+from mdm.reference.guidance import classifier_free
+from mdm.reference.multimodal import MDM
+from mdm.reference.schedule import make_schedule as reference_schedule
+from mdm.reference.solvers import sample
+from mdm.reference.tasks import TASKS, Request, Task
+from mdm.runtime.schedule import make_schedule
+from mdm.runtime.solver import ROW, STOCHASTIC, sampler_of, solver_table
+
+LARGE = 100_000_000  # parameters; beyond it a run has FEW steps
+FEW, MOST = 4, 50
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """A task's default sampler: its settings, its table [S,m,R], the graphs that execute it."""
+
+    task: str
+    set: str  # of modalities
+    sampler: dict[str, Any]
+    rows: np.ndarray
+
+    @property
+    def guided(self) -> bool:
+        return bool(self.sampler["guidance"] and TASKS[self.task].drops)
+
+    @property
+    def graph(self) -> str:
+        return f"step_{self.set}{'_guided' if self.guided else ''}"
+
+
+def set_of(task: Task) -> str:
+    """The set of modalities whose graphs run a task."""
+    if not task.text:
+        return "image"
+    return {0: "text", 1: "joint", 2: "turn"}[task.pictures]
+
+
+def tasks_of(config: Config) -> dict[str, Task]:
+    return {"class_to_image": TASKS["class_to_image"]} if config.family == "dim" else TASKS
+
+
+def default_run(config: Config, task: str, steps: int | None = None) -> Run:
+    sampler = sampler_of({"sampler": config.sampler, "sampler_for": config.sampler_for}, task)
+    if steps is not None:
+        sampler["steps"] = min(steps, sampler["steps"])
+    makes = TASKS[task]
+    specs = [config.schedule_text, config.schedule_image]
+    modalities = [0] if makes.text and not makes.image else [1] if not makes.text else [0, 1]
+    # The grid follows the picture's schedule wherever a picture is made; what is given needs no coefficients.
+    clock = modalities.index(1) if makes.makes_image else 0
+    settings = {key: value for key, value in sampler.items() if key != "guidance"}
+    rows = solver_table([make_schedule(specs[m]) for m in modalities], clock=clock, **settings)
+    return Run(task, set_of(makes), sampler, rows)
+
+
+def write_tables(folder: Path, config: Config) -> None:
+    """sampler/<task>.json: columns and rows, a list of numbers for each modality of each evaluation."""
+    folder.mkdir()
+    for task in tasks_of(config):
+        run = default_run(config, task)
+        modalities = {"image": ["image"], "text": ["text"]}.get(run.set, ["text", "image"])
+        content = {"task": task, "graph": run.graph, "modalities": modalities, "sampler": run.sampler,
+                   "columns": list(ROW), "rows": run.rows.tolist()}  # fmt: skip
+        (folder / f"{task}.json").write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n")
+
+
+def write_cases(folder: Path, specs: list[GraphSpec], config: Config, truth: Truth) -> dict[str, str]:
+    """The first point of each graph -> graph: file."""
+    written = {}
+    for spec in specs:
+        inputs = truth.inputs(spec, points_of(spec, config)[0])
+        outputs = truth.outputs(spec, inputs)
+        tensors = {f"in.{name}": v for name, v in inputs.items()} | {f"out.{name}": v for name, v in outputs.items()}
+        written[spec.name] = _save(folder / f"{spec.name}.safetensors", tensors)
+    return written
+
+
+def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
+    save_file({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}, str(path))
+    return f"{path.parent.name}/{path.name}"
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+
+def write_runs(folder: Path, config: Config, truth: Truth, parameters: int) -> dict[str, str]:
+    """One run of each task by the reference's own solver -> task_<task>: file."""
+    steps = FEW if parameters > LARGE else MOST
+    written = {}
+    for task in tasks_of(config):
+        run = default_run(config, task, steps)
+        written[f"task_{task}"] = _save(folder / f"task_{task}.safetensors", reference_run(config, truth, run))
+    return written
+
+
+@torch.no_grad()
+def reference_run(config: Config, truth: Truth, run: Run) -> Arrays:
+    model = truth.model(config.image_size)
+    draw = torch.Generator().manual_seed(0)
+    y = torch.randint(0, config.classes, (BATCH,), generator=draw)
+    null = torch.full((BATCH,), config.classes)
+    guidance = float(run.sampler["guidance"])
+    points: list[Tensor] = []
+    options = {key: value for key, value in run.sampler.items() if key not in ("solver", "steps", "guidance")}
+    tensors: dict[str, Tensor] = {"y": y, "guidance": torch.full((BATCH,), guidance)}
+    if isinstance(model, DiM):
+        schedule = reference_schedule(config.schedule_image)
+        z = torch.randn(BATCH, config.in_channels, config.image_size, config.image_size, generator=draw)
+
+        def estimate(y: Tensor) -> Any:
+            return lambda z, t: model(z, schedule.model_time(t).expand(len(z)), y)
+
+        eps = classifier_free(estimate(y), estimate(null), guidance) if run.guided else estimate(y)
+        tensors |= {"base": z, "uncond_y": null} if run.guided else {"base": z}
+
+        def clean(z: Tensor) -> Tensor:
+            return z
+    else:
+        request = random_request(model, run.task, y if TASKS[run.task].drops == "class" else null, draw)
+        schedule = schedule_of(model, request)
+        eps = Estimator(model, request, schedule, guidance)
+        z = torch.randn(request.clean.shape, generator=draw)
+
+        def clean(z: Tensor) -> Tensor:
+            return torch.where(request.given[..., None], request.clean, z)
+
+        tensors |= {"base": clean(z), "given": request.given, "y": request.y}
+        if run.guided:
+            tensors |= {"uncond": request.unguided_clean, "uncond_y": request.unguided_y}
+    if run.sampler["solver"] in STOCHASTIC:
+        options["noise"] = torch.randn(len(run.rows), *z.shape, generator=draw)
+        tensors["noise"] = options["noise"]
+    options["callback"] = lambda evaluation: points.append(clean(evaluation["z"]))
+    end = sample(run.sampler["solver"], eps, z, schedule, run.sampler["steps"], **options)
+    inputs = {f"in.{name}": tensor.numpy() for name, tensor in tensors.items()}
+    inputs["in.rows"] = run.rows.astype(np.float32)
+    return inputs | {"out.points": torch.stack(points).numpy(), "out.z": clean(end).numpy()}
+
+
+def random_request(model: MDM, task_name: str, y: Tensor, draw: torch.Generator) -> Request:
+    """A request of random pieces and smooth random pictures: no tokenizer is needed, and no picture."""
+    config, task = model.config, TASKS[task_name]
+    T = min(config.text_lengths) if task.text else 0
+    clean, given = [], []
+
+    def text() -> Tensor:
+        return model.vae.encode_text(torch.randint(0, config.vocabulary, (BATCH, T), generator=draw))
+
+    if T:
+        known = {"given": T, "both": T // 2, "made": 0}[task.text]
+        clean.append(text())
+        given.append((torch.arange(T) < known).expand(BATCH, -1))
+    unguided = [text()] if T else []
+    if task.image:
+        coarse = torch.rand(BATCH, config.in_channels, 4, 4, generator=draw) * 2 - 1
+        size = (config.image_size, config.image_size)
+        shown = model.vae.encode_image(torch.nn.functional.interpolate(coarse, size, mode="bilinear"))  # [B,M,d]
+        tokens = shown.shape[1]
+        stack = torch.cat([shown] * task.pictures, dim=1)
+        clean.append(stack)
+        unguided.append(stack)
+        known = tokens if task.image in ("given", "both") else 0
+        given.append((torch.arange(stack.shape[1]) < known).expand(BATCH, -1))
+    null = torch.full((BATCH,), config.classes)
+    return Request(
+        task, T, torch.cat(clean, 1), torch.cat(given, 1), y,
+        torch.cat(unguided, 1), null if task.drops == "class" else y,
+    )  # fmt: skip

@@ -1,0 +1,238 @@
+"""Whether a graph computes what the PyTorch model computes: ONNX's checker, then ONNX Runtime at three points.
+
+The figure is the largest difference of an output over the largest value the model has there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from safetensors.numpy import load_file
+
+from mdm.export.cases import Arrays, Point, Truth, points_of
+from mdm.export.golden import default_run
+from mdm.export.graphs import Built, GraphSpec, build_graph
+from mdm.export.precision import Precision
+from mdm.export.twin import write_twin
+from mdm.export.weights import CUT_BLOCKS, Checkpoint, Weights
+from mdm.plugins import register
+from mdm.plugins.errors import EnvironmentLackError, InputError, ParityError
+from mdm.reference.autoencoder import Autoencoder
+from mdm.reference.config import Config
+
+# Of one evaluation, and of a whole run of a sampler: some thirty times what mdm-tiny and DiM's sizes showed.
+LIMITS = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 1e-4}  # bf16: of the twin, whose weights are the model's
+RUN_LIMITS = {"fp32": 1e-3, "fp16": 1e-1}
+CUT_ABOVE = 3_000_000_000  # bytes in float32: larger models are validated as three blocks of themselves
+ROOM = 2.5  # times that size must be free to run the whole model beside its graph
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The worst of a graph's outputs at one point."""
+
+    graph: str
+    point: Point
+    output: str
+    error: float
+
+
+def check_file(path: Path) -> None:
+    """ONNX's own checks, with strict type and shape inference."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # the checker has many classes
+        raise ParityError(f"graph '{path.stem}' is not valid ONNX: {' '.join(str(error).split())[:300]}") from error
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    """With the native scans where they are built, else by the bodies in the file."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with suppress(EnvironmentLackError):  # slower without, as `mdm doctor` says
+        register(options)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def measure(
+    folder: Path, specs: Sequence[GraphSpec], config: Config, truth: Truth, limit: float, count: int = 3
+) -> Iterator[Measured]:
+    """Run each graph at `count` points; the first that is off is an error."""
+    for spec in specs:
+        run = session(folder / f"{spec.name}.onnx")
+        for point in points_of(spec, config)[:count]:
+            inputs = truth.inputs(spec, point)
+            expected = truth.outputs(spec, inputs)
+            names = [output.name for output in run.get_outputs()]
+            found = dict(zip(names, run.run(None, inputs), strict=True))
+            yield compare(spec, point, found, expected, limit)
+
+
+def compare(spec: GraphSpec, point: Point, found: Arrays, expected: Arrays, limit: float) -> Measured:
+    worst = Measured(spec.name, point, "", -1.0)
+    for name, truth in expected.items():
+        if not np.isfinite(truth).all():
+            raise InputError(
+                f"the checkpoint's own model gives '{name}' of '{spec.name}' that is not finite\n"
+                "its weights are damaged, or not of this config"
+            )
+        if found[name].shape != truth.shape:
+            raise ParityError(f"graph '{spec.name}': output '{name}' is {found[name].shape}, expected {truth.shape}")
+        if truth.dtype.kind not in "f" or name == "mask_next":
+            continue  # choices: the numbers they are made of are compared
+        error = relative_error(found[name], truth)
+        if not error <= limit:  # also for NaN
+            raise ParityError(
+                f"graph '{spec.name}' computes something else than the model: output '{name}' at {point}\n"
+                f"differs by {error:.2g} of its largest value, expected at most {limit:g}\n"
+                "the bundle was not written; please report this"
+            )
+        worst = max(worst, Measured(spec.name, point, name, error), key=lambda m: m.error)
+    return worst
+
+
+class Validation:
+    """All graphs of a bundle that lies in `folder`, against the model it was made from."""
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        config: Config,
+        precision: Precision,
+        opset: int,
+        built: Sequence[Built],
+        halves: tuple[Autoencoder, float] | None,
+    ) -> None:
+        self.folder, self.checkpoint, self.config, self.precision, self.opset = (
+            folder, checkpoint, config, precision, opset,
+        )  # fmt: skip
+        self.built, self.halves = built, halves
+        self.parameters = sum(math.prod(shape) for shape in checkpoint.expected.values())
+        self.fits = ROOM * 4 * self.parameters < available_memory()
+        self.truth = Truth(checkpoint, config, halves)
+
+    def check_files(self) -> None:
+        for built in self.built:
+            check_file(self.folder / f"{built.spec.name}.onnx")
+
+    def run(self) -> dict[str, Any]:
+        """The manifest's record of what was compared."""
+        record: dict[str, Any] = {"state": "passed", "limit": LIMITS[self.precision.name]}
+        if 4 * self.parameters <= CUT_ABOVE:
+            return record | {"model": "whole", "graphs": self.measured(self.folder, self.built, self.truth, 3)}
+        with TemporaryDirectory(dir=self.folder) as place:
+            cut, config = self.checkpoint.cut(self.config), replace(self.config, blocks=CUT_BLOCKS)
+            built = self.cut_graphs(Path(place), cut, config)
+            graphs = self.measured(Path(place), built, Truth(cut, config, self.halves), 3)
+        record |= {"model": f"{CUT_BLOCKS} of {self.config.blocks} blocks", "graphs": graphs}
+        if not self.fits:
+            return record | {"whole": "not run: it does not fit into this machine's memory"}
+        return record | {"whole": self.measured(self.folder, self.built, self.truth, 1)}
+
+    def cut_graphs(self, folder: Path, cut: Checkpoint, config: Config) -> list[Built]:
+        """The bundle's graphs again, for a part of the model."""
+        weights = Weights(cut, self.precision.activations)
+        weights.verbatim = False  # the part's weights alone are written, instead of another copy of all
+        built = [build_graph(one.spec, config, weights, self.precision, self.opset, self.halves) for one in self.built]
+        weights.write_derived(folder)
+        for one in built:
+            weights.place(one.model, one.stored)
+            (folder / f"{one.spec.name}.onnx").write_bytes(one.model.SerializeToString())
+        return built
+
+    def measured(self, folder: Path, built: Sequence[Built], truth: Truth, count: int) -> dict[str, Any]:
+        """graph -> the worst of its points."""
+        if self.precision.name == "bf16":
+            # ONNX Runtime's CPU has no bfloat16: the same graphs with float32 in its place, the weights' values kept.
+            with TemporaryDirectory(dir=folder) as place:
+                for one in built:
+                    name = f"{one.spec.name}.onnx"
+                    write_twin(folder / name, Path(place) / name)
+                return self.worst(Path(place), built, rounded_truth(truth, built), count)
+        return self.worst(folder, built, truth, count)
+
+    def worst(self, folder: Path, built: Sequence[Built], truth: Truth, count: int) -> dict[str, Any]:
+        graphs: dict[str, Any] = {}
+        limit = LIMITS[self.precision.name]
+        for one in measure(folder, [b.spec for b in built], truth.config, truth, limit, count):
+            known = graphs.setdefault(one.graph, {"points": 0, "output": "", "error": -1.0})
+            known["points"] += 1
+            if one.error > known["error"]:
+                known |= {"output": one.output, "error": float(f"{one.error:.2g}")}
+        return graphs
+
+    def runs(self, golden: Mapping[str, str]) -> dict[str, Any]:
+        """Each task's golden run again, by the step graph alone -> task: error at its end."""
+        if self.precision.name == "bf16":
+            return {"skipped": "ONNX Runtime's CPU has no bfloat16"}
+        record = {}
+        for name, file in golden.items():
+            if not name.startswith("task_"):
+                continue
+            task = name.removeprefix("task_")
+            arrays = load_file(self.folder / file)
+            _, end = run_table(self.folder / f"{default_run(self.config, task).graph}.onnx", arrays)
+            error = relative_error(end, arrays["out.z"])
+            if not error <= RUN_LIMITS[self.precision.name]:
+                raise ParityError(
+                    f"a whole run of task '{task}' by the step graph ends elsewhere than the model's\n"
+                    f"found a difference of {error:.2g} of the largest value, expected at most "
+                    f"{RUN_LIMITS[self.precision.name]:g}"
+                )
+            record[task] = float(f"{error:.2g}")
+        return record
+
+
+def rounded_truth(truth: Truth, built: Sequence[Built]) -> Truth:
+    """The same model with those weights rounded that the graphs hold in bfloat16."""
+    rounded = copy(truth.checkpoint)
+    half = {stored.key for one in built for stored in one.stored.values() if stored.dtype == "bfloat16"}
+    rounded.rounded = frozenset(half)
+    return Truth(rounded, truth.config, truth.halves)
+
+
+def available_memory() -> int:
+    """Bytes that programs could still take."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def relative_error(found: np.ndarray, truth: np.ndarray) -> float:
+    if not np.isfinite(found).all():
+        return float("nan")
+    return float(np.abs(found.astype(np.float64) - truth).max() / max(float(np.abs(truth).max()), 1e-30))
+
+
+def run_table(path: Path, golden: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """A whole run by a step graph, from a golden file's inputs -> the points of all evaluations, and the end."""
+    run = session(path)
+    names = [spec.name for spec in run.get_inputs()]
+    given = {name.removeprefix("in."): array for name, array in golden.items() if name.startswith("in.")}
+    rows, z = given.pop("rows"), given["base"]  # [S,m,R]
+    noise = given.pop("noise", np.zeros((len(rows), *z.shape), np.float32))
+    state = {"point": z, "history": np.zeros((z.shape[0], 3, *z.shape[1:]), np.float32), **given}
+    if "mask" in names:
+        state |= {"mask": np.ones(z.shape[:2], np.float32), "x0_before": np.zeros_like(z)}
+    points = []
+    for row, drawn in zip(rows, noise, strict=True):
+        points.append(state["point"])
+        state |= {"row": np.repeat(row[None], len(z), axis=0), "noise": drawn}
+        outputs = dict(
+            zip([o.name for o in run.get_outputs()], run.run(None, {n: state[n] for n in names}), strict=True)
+        )
+        state |= {name.removesuffix("_next"): array for name, array in outputs.items() if name.endswith("_next")}
+        state["x0_before"] = outputs["x0"]
+    return np.stack(points), state["base"]

@@ -1,0 +1,89 @@
+"""`mdm inspect`: what is in a bundle, as tables. Needs neither PyTorch nor an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mdm.tools.options import FILE, json_option, print_json
+
+SCANS = ("mdm.MambaSelectiveScan", "mdm.MambaSsdScan")
+
+
+@click.command("inspect")
+@click.argument("bundle", type=FILE)
+@click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
+@json_option
+def command(bundle: Path, verify: bool, as_json: bool) -> None:
+    """Show a bundle's tasks, graphs, shapes, weights, sampler and where it comes from."""
+    from mdm.runtime.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    if verify:
+        opened.verify()
+    if as_json:
+        print_json(opened.manifest | {"verified": verify, "extra_files": opened.extra_files()})
+        return
+    console = Console()
+    for table in (facts(opened.manifest), tasks(opened.manifest), graphs(opened.manifest)):
+        console.print(table)
+    if verify:
+        console.print(f"all {len(opened.manifest['files'])} files are the ones the manifest signs")
+    if extra := opened.extra_files():
+        console.print(f"not in the manifest, and never read: {', '.join(extra)}")
+
+
+def plain_table(*columns: str, title: str) -> Table:
+    return Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+
+
+def facts(manifest: dict[str, Any]) -> Table:
+    from mdm.tools.export import said_of
+
+    table = Table(title=manifest["name"], title_justify="left", box=None, pad_edge=False, show_header=False)
+    config, source = manifest["config"], manifest["provenance"]["checkpoint"]
+    sizes = {path: file["size"] for path, file in manifest["files"].items()}
+    weights = {path: size for path, size in sizes.items() if path.endswith(".safetensors") and "/" not in path}
+    sampler = ", ".join(f"{key} {value}" for key, value in manifest["sampler"].items())
+    rows = {
+        "model": f"{config['family']}, {config['blocks']} blocks x {config['width']}, {config['mixer']}, "
+        f"{manifest['parameters'] / 1e6:.1f}M parameters",
+        "precision": f"{manifest['precision']}, opset {manifest['opset']}",
+        "size": f"{sum(sizes.values()) / 1e6:.1f} MB; "
+        + ", ".join(f"{path} {size / 1e6:.1f} MB" for path, size in weights.items()),
+        "sampler": sampler,
+        "checkpoint": f"{source['file']}, {source['dtype']}, sha256 {source['sha256'][:16]}..",
+        "made": manifest["created"]
+        + " with "
+        + ", ".join(f"{k} {v}" for k, v in manifest["provenance"]["tools"].items()),
+        "validation": said_of(manifest["validation"]),
+        "golden": f"{len(manifest['golden'])} files" if manifest["golden"] else "none",
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(str(value)))
+    return table
+
+
+def tasks(manifest: dict[str, Any]) -> Table:
+    table = plain_table("task", "text", "picture", "guidance drops", "graph", title="\nTasks")
+    for name, task in manifest["tasks"].items():
+        table.add_row(name, task["text"] or "-", task["image"] or "-", task["drops"] or "-", task["graph"])
+    return table
+
+
+def graphs(manifest: dict[str, Any]) -> Table:
+    table = plain_table("graph", "nodes", "MatMul", "scans", "KB", "inputs", title="\nGraphs")
+    for name, graph in manifest["graphs"].items():
+        operators = graph["operators"]
+        shapes = "  ".join(f"{i['name']}[{','.join(map(str, i['shape']))}]" for i in graph["inputs"])
+        table.add_row(
+            name, str(graph["nodes"]), str(operators.get("MatMul", 0)),
+            str(sum(operators.get(scan, 0) for scan in SCANS)),
+            f"{manifest['files'][graph['file']]['size'] / 1e3:.0f}", escape(shapes),
+        )  # fmt: skip
+    return table
