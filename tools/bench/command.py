@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from mdm.tools.bench.export import command as export
 from mdm.tools.bench.ops import command as ops
 
 
@@ -12,4 +13,5 @@ def command() -> None:
     """Measure speed and memory."""
 
 
-command.add_command(ops)
+for part in (export, ops):
+    command.add_command(part)
