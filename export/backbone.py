@@ -8,7 +8,7 @@ Letters: B batch, L length of the whole sequence, T text tokens, h x w image gri
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -132,13 +132,16 @@ class Backbone:
         h = self.orders.gather(h, now.order, order)
         steer = g.weight("modulation", stream) + g.cast(modulation, stream)  # [B,3,E]
         shift, scale, gate = g.split(steer, [1, 1, 1], axis=1)  # [B,1,E] each
-        u = g.cast(rms_norm(g, h, "norm.weight"), stream) * scale + shift
+        normed = g.cast(rms_norm(g, h, "norm"), stream)
+        with g.scope("modulate"):
+            u = normed * scale + shift
         if parallel:
             update = self.all_orders(u, mask)
         else:
             with g.scope("mixers", 0):
                 update = g.cast(mixer(g, self.config, u, self.mask_in(mask, order)), stream)
-        return Stream(h + gate * update, order)
+        with g.scope("residual"):
+            return Stream(h + gate * update, order)
 
     def order_of(self, index: int) -> int:
         """An alternating model's order: up the cycle in the first half, down it in the second, first at both ends."""
@@ -233,16 +236,13 @@ class Backbone:
         if mask is None:
             return None
         if (order, head) not in self._masks:
-            if head and self.cells:
-                mask = self.g.slice(mask, 1, 0, -(self.cells + 1))
-            self._masks[order, head] = (self.head_orders if head else self.orders).gather(mask, 1, order)
+            with self.g.scope("masks", root=True):
+                if head and self.cells:
+                    mask = self.g.slice(mask, 1, 0, -(self.cells + 1))
+                self._masks[order, head] = (self.head_orders if head else self.orders).gather(mask, 1, order)
         return self._masks[order, head]
 
     def modulate_out(self, x: Value, condition: Value) -> Value:
         g, E = self.g, self.config.width
         shift, scale = g.split(linear(g, silu(condition), "modulation_out", "ends"), [E, E])
-        return g.cast(rms_norm(g, x, "norm_out.weight"), shift.dtype) * (scale + 1.0) + shift
-
-
-def truncated(config: Config, blocks: int) -> Config:
-    return replace(config, blocks=blocks)
+        return g.cast(rms_norm(g, x, "norm_out"), shift.dtype) * (scale + 1.0) + shift

@@ -9,7 +9,6 @@ Letters: B batch, L latent tokens, T text tokens, d latent width, m modalities, 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -188,9 +187,7 @@ class Truth:
 
     def _step_outputs(self, spec: GraphSpec, given: dict[str, Tensor]) -> dict[str, Tensor]:
         base, point, history, row = (given[name] for name in ("base", "point", "history", "row"))
-        tokens = self._tokens(spec, point)
-        spread = row.repeat_interleave(torch.tensor(tokens), dim=1) if tokens else row[:, :, None]
-        c = dict(zip(ROW, spread.unsqueeze(-2).unbind(-1), strict=True))  # [B,L,1] or [B,1,1,1] each
+        c = self.columns(spec, row, point)
         kept = given["given"][..., None] if "given" in given else torch.zeros((), dtype=torch.bool)
         untold = torch.where(kept, given["uncond"], point) if "uncond" in given else point
 
@@ -219,13 +216,23 @@ class Truth:
             said["mask_next"] = self.selected(given, c, x0)
         return said
 
+    def choices(self, spec: GraphSpec, inputs: Arrays, found: Arrays) -> Arrays:
+        """What follows from the logits or the estimate x0 that a graph came to."""
+        if "logits" in found:
+            return {"ids": found["logits"].argmax(-1)}
+        if "mask_next" not in found:
+            return {}
+        given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        c = self.columns(spec, given["row"], given["point"])
+        return {"mask_next": self.selected(given, c, torch.from_numpy(found["x0"])).numpy()}
+
+    def columns(self, spec: GraphSpec, row: Tensor, point: Tensor) -> dict[str, Tensor]:
+        """Each column of a step's row as [B,1,1,1], or spread over the tokens of its modality as [B,L,1]."""
+        pictures = SETS[spec.set][1] * ((spec.image_size or 0) // self.config.patch) ** 2
+        tokens = [n for n in (point.shape[1] - pictures, pictures) if n]
+        spread = row[:, :, None] if point.ndim == 4 else row.repeat_interleave(torch.tensor(tokens), dim=1)
+        return dict(zip(ROW, spread.unsqueeze(-2).unbind(-1), strict=True))
+
     def selected(self, given: dict[str, Tensor], c: dict[str, Tensor], x0: Tensor) -> Tensor:
         mask = select(x0, given["x0_before"], c["alpha"], c["sigma"], given["given"], self.config.keep)
         return torch.maximum(mask, c["first"].squeeze(-1).expand_as(mask))
-
-    def _tokens(self, spec: GraphSpec, point: Tensor) -> Sequence[int]:
-        """How many tokens each of the row's modalities has; none for DiM, whose latents have no tokens."""
-        if self.config.family == "dim":
-            return ()
-        pictures = SETS[spec.set][1] * ((spec.image_size or 0) // self.config.patch) ** 2
-        return [n for n in (point.shape[1] - pictures, pictures) if n]

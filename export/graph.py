@@ -82,11 +82,12 @@ class Graph:
     # ------------------------------------------------------------------------------------------- names and types
 
     @contextmanager
-    def scope(self, *parts: str | int) -> Iterator[None]:
-        """Names of what is made inside begin with this module's path."""
-        self._path.extend(str(part) for part in parts)
+    def scope(self, *parts: str | int, root: bool = False) -> Iterator[None]:
+        """Names of what is made inside begin with this module's path; `root`: with nothing before it."""
+        outer = self._path
+        self._path = [*([] if root else outer), *map(str, parts)]
         yield
-        del self._path[len(self._path) - len(parts) :]
+        self._path = outer
 
     @contextmanager
     def copy(self, label: str) -> Iterator[None]:

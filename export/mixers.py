@@ -45,7 +45,7 @@ def mamba2(g: Graph, config: Config, u: Value, mask: Value | None) -> Value:
     Bm, C = (g.reshape(v, 0, 0, config.groups, config.state) for v in (Bm, C))  # [B,L,G,N]
     optional = {"D": g.weight("D", "float32"), "z": z, "dt_bias": g.weight("dt_bias", "float32"), "mask": mask}
     y = scan(g, SSD_SCAN, [x, dt, decay(g), Bm, C], optional, chunk_size=SSD_CHUNK)
-    y = rms_norm(g, g.reshape(y, 0, 0, inner), "norm.weight", groups=config.groups)  # the gate is in y already
+    y = rms_norm(g, g.reshape(y, 0, 0, inner), "norm", groups=config.groups)  # the gate is in y already
     return linear(g, y, "out_proj", "mixer", bias=False)
 
 

@@ -29,9 +29,9 @@ class Orders:
         if start == to:
             return x
         if (start, to) not in self._transitions:
-            with self.g.scope("orders", f"{start}_to_{to}"):
+            with self.g.scope("orders", f"{start}_to_{to}", root=True):
                 self._transitions[start, to] = self._transition(start, to)
-        return self.g.op("Gather", x, self._transitions[start, to], axis=1)
+        return self.g.op("Gather", x, self._transitions[start, to], name="reorder", axis=1)
 
     def _transition(self, start: int, to: int) -> Value:
         """Where each token of order `to` stands in order `start`. The reverses are their own inverses."""

@@ -53,7 +53,8 @@ class Step:
         self.noise = g.input("noise", dtype, self.latent)
         self.scale = g.input("guidance", dtype, ["batch"]) if guided else None
         self.columns = self.spread(self.row)
-        self.t = g.reshape(g.slice(g.slice(self.row, 1, 0, 1), 2, 0, 1), -1)  # [B]; one for both modalities
+        with g.scope("row"):  # one time for both modalities
+            self.t = g.op("Squeeze", g.slice(g.slice(self.row, 1, 0, 1), 2, 0, 1), g.ints(1, 2))  # [B]
 
     def dim(self, upsample: int, low: Segments | None) -> None:
         """DiM's stage; `upsample` m: with upsample guidance from a network m times smaller."""
