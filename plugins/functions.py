@@ -116,7 +116,9 @@ def whole_operator(
         y = body.Add(y, body.Mul(x, body.Unsqueeze(D, body.ints(-1)) if operator is SSD_SCAN else D))
     if z is not None:
         y = body.Mul(y, body.Mul(z, body.Sigmoid(z)))
-    body.nodes.append(helper.make_node("Cast", [y], [output], name=f"{body.prefix}_y", to=dtype))
+    # To the type of what came in: among half-precision nodes one may have been kept in float32.
+    like = values[operator.inputs[0].name]
+    body.nodes.append(helper.make_node("CastLike", [y, like], [output], name=f"{body.prefix}_y"))
 
 
 def softplus(body: Body, v: Value) -> Value:

@@ -5,10 +5,12 @@ Training runs with a recipe of two steps, benchmarks on one small point; `tools/
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from mdm.reference import build_model, load_config
+from mdm.reference.autoencoder import Autoencoder, AutoencoderShape
 from mdm.reference.train import RECIPES, Phase, Recipe
 from mdm.tools.main import main
 
@@ -45,7 +49,10 @@ def folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_command_is_known() -> None:
-    known = ("tools/demo", "tools/test", "mdm evaluate", "mdm train", "mdm doctor", "mdm bench", "pip install")
+    known = (
+        "tools/demo", "tools/test", "mdm evaluate", "mdm train", "mdm doctor", "mdm bench", "mdm export", "mdm inspect",
+        "pip install",
+    )  # fmt: skip
     assert [command for command in COMMANDS if not command.startswith(known)] == []
 
 
@@ -74,20 +81,35 @@ def test_mdm_commands_run(folder_of_pictures: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(RECIPES, "mdm-tiny", quick)
     monkeypatch.setitem(RECIPES, "small.json", quick)
     (folder_of_pictures / "small.json").write_text(json.dumps(SMALL_DIM | {"in_channels": 3, "classes": 10}))
+    write_stand_ins(folder_of_pictures)
+    small = {"dim-small": "small.json", "dim-huge-256": "latent.json", "dim-huge-512": "latent.json", " 96": " 12"}
     for command in COMMANDS:
         if command.startswith("mdm "):
-            words = shlex.split(command.replace("dim-small", "small.json"))[1:]
+            words = shlex.split(functools.reduce(lambda text, pair: text.replace(*pair), small.items(), command))[1:]
             if words[0] == "evaluate":
                 words[words.index("--count") + 1] = "2"
-            if words[0] == "bench":
+            if words[:2] == ["bench", "export"]:
+                words += ["--preset", "mdm-tiny"]
+            if words[:2] == ["bench", "ops"]:
                 words += ["--batch", "1", "--length", "20", "--width", "64", "--threads", "1", "--seconds", "0.001"]
             assert main(words) == 0, command
 
 
+def write_stand_ins(folder: Path) -> None:
+    """Small files under the names of those that the README exports."""
+    shutil.copytree(ROOT / "reference" / "assets", folder / "reference" / "assets")
+    (folder / "latent.json").write_text(json.dumps(SMALL_DIM))
+    weights = build_model(load_config(SMALL_DIM)).state_dict()
+    torch.save(weights, folder / "nnet_ema.pth")
+    save_file(weights, folder / "large.safetensors")
+    autoencoder = Autoencoder(AutoencoderShape(channels=(32, 32, 32, 32), blocks=1))
+    torch.save(autoencoder.state_dict(), folder / "autoencoder_kl_ema.pth")
+
+
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 862M-parameter file of the second block is a small stand-in under the same names."""
+    """The published files are small stand-ins under the same names."""
     monkeypatch.chdir(tmp_path)
-    torch.save(build_model(load_config(SMALL_DIM)).state_dict(), tmp_path / "nnet_ema.pth")
+    write_stand_ins(tmp_path)
     for block in blocks("python"):
         exec(block.replace('"dim-huge-256"', repr(SMALL_DIM)), {})
 

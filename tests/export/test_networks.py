@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mdm.export import mixers, networks, orders, step
-from mdm.export.cases import Truth
+from mdm.export.cases import Point, Truth
 from mdm.export.graph import Graph, Value
 from mdm.export.graphs import Built, build_graph, plan_graphs
 from mdm.export.precision import make_precision
@@ -71,12 +72,19 @@ def write_checkpoint(folder: Path, config: Config) -> Path:
 
 
 def write_graphs(
-    folder: Path, path: Path, config: Config, precision: str = "fp32", opset: int = 20, upsample: tuple[int, ...] = ()
+    folder: Path,
+    path: Path,
+    config: Config,
+    precision: str = "fp32",
+    opset: int = 20,
+    sizes: tuple[int, ...] = (),
+    upsample: tuple[int, ...] = (),
+    fp32_layers: tuple[str, ...] = (),
 ) -> tuple[list[Built], Truth]:
-    checkpoint, kinds = Checkpoint(path, config), make_precision(precision)
+    checkpoint, kinds = Checkpoint(path, config), make_precision(precision, fp32_layers)
     weights = Weights(checkpoint, kinds.activations)
-    sizes = [config.image_size]
-    built = [build_graph(spec, config, weights, kinds, opset) for spec in plan_graphs(config, sizes, upsample)]
+    plan = plan_graphs(config, [config.image_size, *sizes], upsample)
+    built = [build_graph(spec, config, weights, kinds, opset) for spec in plan]
     weights.copy(folder)
     weights.write_derived(folder)
     for one in built:
@@ -108,6 +116,45 @@ def test_upsample_guidance(tmp_path: Path, tiny: Tiny, figure: Figure) -> None:
     names = [one.spec.name for one in built]
     assert {"step_image_16_upsample2", "step_image_guided_24_upsample3"} < set(names)
     figure("graphs of upsample guidance: worst difference", worst(tmp_path, built, truth, 1.0), LIMITS["fp32"])
+
+
+def test_other_picture_sizes(tmp_path: Path, tiny: Tiny, figure: Figure) -> None:
+    """Each with the positions that the reference has when it is loaded at that size."""
+    config = load_config(tiny())
+    built, truth = write_graphs(tmp_path, write_checkpoint(tmp_path, config), config, sizes=(16, 40))
+    assert {"step_joint_guided_16", "decode_image_40", "denoise_turn_40"} < {one.spec.name for one in built}
+    assert "step_text_16" not in {one.spec.name for one in built}
+    figure("graphs of other picture sizes: worst difference", worst(tmp_path, built, truth, 1.0), LIMITS["fp32"])
+
+
+@pytest.mark.parametrize("family", ["dim", "mdm"])
+def test_layers_kept_in_float32_by_a_pattern(family: str, tmp_path: Path, tiny: Tiny, figure: Figure) -> None:
+    """One block of three, scan and all; with every block kept, only the VAE is left in half precision."""
+    config = load_config(tiny(family=family))
+    path = write_checkpoint(tmp_path, config)
+    errors = []
+    for pattern in ("backbone.blocks.1.*", "backbone.*"):
+        built, truth = write_graphs(tmp_path, path, config, "fp16", fp32_layers=(pattern,))
+        specs = [one for one in built if one.spec.role == "denoise"]
+        for one in specs:
+            check_file(tmp_path / f"{one.spec.name}.onnx")
+        errors.append(worst(tmp_path, specs, truth, 1.0))
+    figure(f"{family} fp16 with one block kept: worst difference", errors[0], LIMITS["fp16"])
+    figure(f"{family} fp16 with all blocks kept: worst difference", errors[1], LIMITS["fp32"])
+    assert errors[0] > 10 * errors[1]
+
+
+def test_without_the_native_library_the_kept_layers_run_too(tmp_path: Path, tiny: Tiny) -> None:
+    """By the function bodies: one body serves float16 nodes and a float32 one."""
+    config = load_config(tiny())
+    path = write_checkpoint(tmp_path, config)
+    built, truth = write_graphs(tmp_path, path, config, "fp16", fp32_layers=("backbone.blocks.1.*",))
+    spec = next(one.spec for one in built if one.spec.name == "denoise_joint")
+    inputs = truth.inputs(spec, Point(2, 9))
+    file = str(tmp_path / "denoise_joint.onnx")
+    (plain,) = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, inputs)
+    (native,) = session(Path(file)).run(None, inputs)
+    np.testing.assert_allclose(plain, native, atol=1e-2 * np.abs(native).max())
 
 
 # ------------------------------------------------------------------------------------------------- the DiM oracle

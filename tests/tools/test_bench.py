@@ -1,4 +1,4 @@
-"""`mdm bench ops` on a grid of one small point: every form is there and has a time; a wrong call is told."""
+"""`mdm bench` on something small: `ops` has a time for every form, `export` exports; a wrong call is told."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ def test_the_table_names_its_aims(capsys: Out) -> None:
 def test_a_wrong_width_is_told(capsys: Out) -> None:
     assert main(["bench", "ops", "--width", "100"]) == 2
     assert "--width is 100, expected multiples of 64" in capsys.readouterr().err
+
+
+def test_an_export_of_zeros_is_measured(capsys: Out) -> None:
+    assert main(["bench", "export", "--preset", "mdm-tiny", "--precision", "fp16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["exports"]["mdm-tiny"]
+    assert found["graphs"] == 16
+    assert 300 < found["nodes"] < 1000
+    assert 0 < found["largest"] < 5_000_000 < found["resident"]
+    assert found["checkpoint"] > 2_000_000
+    assert main(["bench", "export", "--preset", "dim-small"]) == 0
+    assert "graphs | 3" in capsys.readouterr().out
 
 
 def test_the_clock_counts_time_and_memory() -> None:

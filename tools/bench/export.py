@@ -11,12 +11,11 @@ import math
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from mdm.tools.options import json_option, print_json
 
@@ -44,7 +43,6 @@ def command(presets: tuple[str, ...], precision: str, as_json: bool) -> None:
     if as_json:
         print_json({"precision": precision, "exports": results})
         return
-    table = Table("export, not validated", *presets)
     rows = {
         "checkpoint, GB": lambda r: f"{r['checkpoint'] / 1e9:.1f}",
         "graphs": lambda r: str(r["graphs"]),
@@ -55,9 +53,10 @@ def command(presets: tuple[str, ...], precision: str, as_json: bool) -> None:
         "seconds of the copy": lambda r: f"{r['phases']['copy weights']:.1f}",
         "resident, GB": lambda r: f"{r['resident'] / 1e9:.2f}",
     }
+    click.echo(" | ".join([f"export in {precision}, not validated", *presets]))
+    click.echo("|".join(["---"] * (1 + len(presets))))
     for name, said in rows.items():
-        table.add_row(name, *(said(results[preset]) for preset in presets))
-    Console().print(table)
+        click.echo(" | ".join([name, *(said(results[preset]) for preset in presets)]))
 
 
 def measure(preset: str, precision: str) -> dict[str, Any]:
@@ -109,8 +108,7 @@ def write_zeros(path: Path, preset: str, precision: str) -> int:
 
 def write_tokenizer(path: Path, vocabulary: int) -> None:
     """A SentencePiece model with that many pieces and nothing learned."""
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
+    proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
     model = proto.ModelProto()
     kinds = proto.ModelProto.SentencePiece
     special = {"<pad>": kinds.CONTROL, "<unk>": kinds.UNKNOWN}
