@@ -15,20 +15,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mdm.export.golden import write_cases, write_runs, write_tables
-from mdm.export.graphs import Built, GraphSpec, build_graph, check_sizes, plan_graphs
-from mdm.export.manifest import graph_entry, make_manifest
+from mdm.export.graphs import Built, External, Plan, check_sizes, plan_graphs
+from mdm.export.manifest import facts_of, graph_entry
 from mdm.export.precision import Precision, make_precision
 from mdm.export.validate import Validation
 from mdm.export.weights import WEIGHTS, Checkpoint, Weights
 from mdm.plugins.errors import EnvironmentLackError, InputError
-from mdm.reference.autoencoder import Autoencoder, load_autoencoder
+from mdm.reference.autoencoder import load_autoencoder
 from mdm.reference.config import Config, load_config
 from mdm.reference.tasks import check_tokenizer
 from mdm.reference.tokenizer import Tokenizer
@@ -42,21 +42,13 @@ SD_SCALE = 0.18215  # what Stable Diffusion's autoencoder, and DiM's with it, sc
 Report = Callable[[str, float | None], None]  # phase; seconds it took, None when it begins
 
 
-@dataclass
+@dataclass(frozen=True)
 class Export:
     """One export under way; `folder` is where it is written before it is published."""
 
-    checkpoint: Checkpoint
-    config: Config
-    precision: Precision
-    opset: int
-    image_sizes: Sequence[int]
-    upsample: Sequence[int]
-    autoencoder: Autoencoder | None
-    latent_scale: float
+    plan: Plan
     folder: Path
     report: Report
-    built: list[Built] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -65,18 +57,11 @@ class Export:
         yield
         self.report(name, time.monotonic() - start)
 
-    @property
-    def specs(self) -> list[GraphSpec]:
-        plan = plan_graphs(self.config, self.image_sizes, self.upsample)
-        if self.autoencoder is not None:
-            plan += [GraphSpec(f"{role}_image", role, modalities=("image",)) for role in ("encode", "decode")]
-        return plan
-
-    def write(self) -> tuple[str, dict[str, dict[str, Any]]]:
-        """Weights and graphs -> the checkpoint's hash, and the manifest's entry of each graph."""
-        weights = Weights(self.checkpoint, self.precision.activations)
+    def write(self) -> tuple[str, list[Built]]:
+        """Weights and graphs -> the checkpoint's hash, and the graphs."""
+        weights = Weights(self.plan.checkpoint, self.plan.precision.activations)
         with ThreadPoolExecutor(1) as pool:
-            source = self.checkpoint.path
+            source = self.plan.checkpoint.path
             with self.phase("copy weights"):
                 if weights.verbatim:
                     weights.copy(self.folder)
@@ -84,38 +69,49 @@ class Export:
             # 16 GB take half a minute to hash, and hashing lets go of Python's lock.
             sha256 = pool.submit(sha256_of, source)
             with self.phase("build graphs"):
-                for spec in self.specs:
-                    self.built.append(build_graph(spec, self.config, weights, self.precision, self.opset, self.halves))
+                built = self.plan.build(weights)
             with self.phase("derive weights"):
                 self.check_space(weights.derived_bytes)
                 weights.write_derived(self.folder)
             with self.phase("hash checkpoint"):
                 digest = sha256.result()
             with self.phase("write graphs"):
-                return digest, self.write_graphs(weights, digest)
+                for one in built:
+                    self.write_graph(one, weights, digest)
+        return digest, built
 
-    @property
-    def halves(self) -> tuple[Autoencoder, float] | None:
-        return None if self.autoencoder is None else (self.autoencoder, self.latent_scale)
+    def write_graph(self, built: Built, weights: Weights, sha256: str) -> None:
+        model, plan = built.model, self.plan
+        weights.place(model, built.stored)
+        found = {entry.domain: entry.version for entry in model.opset_import}
+        if found.get("") != plan.opset:
+            raise AssertionError(f"graph '{built.spec.name}' came out with opsets {found}, asked was {plan.opset}")
+        facts = {
+            "mdm.graph": built.spec.name, "mdm.version": version("mdm-deploy"), "mdm.opset": str(plan.opset),
+            "mdm.precision": plan.precision.name, "mdm.checkpoint.sha256": sha256,
+            "mdm.config": json.dumps(json.loads(plan.config.to_json()), sort_keys=True),
+        }  # fmt: skip
+        for key, value in facts.items():
+            model.metadata_props.add(key=key, value=value)
+        (self.folder / f"{built.spec.name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
 
-    def write_graphs(self, weights: Weights, sha256: str) -> dict[str, dict[str, Any]]:
-        entries = {}
-        for built in self.built:
-            model = built.model
-            weights.place(model, built.stored)
-            found = {entry.domain: entry.version for entry in model.opset_import}
-            if found.get("") != self.opset:
-                raise AssertionError(f"graph '{built.spec.name}' came out with opsets {found}, asked was {self.opset}")
-            facts = {
-                "mdm.graph": built.spec.name, "mdm.version": version("mdm-deploy"), "mdm.opset": str(self.opset),
-                "mdm.precision": self.precision.name, "mdm.checkpoint.sha256": sha256,
-                "mdm.config": json.dumps(json.loads(self.config.to_json()), sort_keys=True),
-            }  # fmt: skip
-            for key, value in facts.items():
-                model.metadata_props.add(key=key, value=value)
-            (self.folder / f"{built.spec.name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-            entries[built.spec.name] = graph_entry(built, model)
-        return entries
+    def prove(self, built: Sequence[Built]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Validate what was written and write the golden files -> the manifest's record, and what is golden."""
+        validation = Validation(self.folder, self.plan, built)
+        with self.phase("check graphs"):
+            validation.check_files()
+        with self.phase("validate"):
+            record = validation.run()
+        if not validation.fits:
+            return record | {"golden": "skipped: the whole model does not fit into this machine's memory"}, {}
+        with self.phase("golden outputs"):
+            folder = self.folder / "golden"
+            folder.mkdir()
+            golden = write_cases(folder, self.plan, validation.truth)
+            golden |= write_runs(folder, self.plan, validation.truth)
+        with self.phase("validate runs"):
+            record["runs"] = validation.runs(golden)
+        return record, golden
 
     def check_space(self, wanted: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -144,38 +140,32 @@ def export_bundle(
 
     `validate=False` leaves out all that runs the model: validation and golden outputs.
     """
-    loaded = load_config(config)
     out = Path(out)
-    kinds = make_precision(precision, fp32_layers)
-    opset = checked_opset(opset, kinds)
-    sizes = list(dict.fromkeys([loaded.image_size, *image_sizes]))
-    check_sizes(loaded, sizes, upsample)
+    plan = make_plan(
+        Path(checkpoint), load_config(config), make_precision(precision, fp32_layers), opset, image_sizes, upsample,
+        None if autoencoder is None else External(load_autoencoder(autoencoder), latent_scale),
+    )  # fmt: skip
     check_target(out, force)
-    if autoencoder is not None and (loaded.family != "dim" or loaded.in_channels == 3):
-        raise InputError("an external autoencoder belongs to a DiM that works on latents; this config works on pixels")
-    source = Checkpoint(Path(checkpoint), loaded)
-    pieces = tokenizer_file(loaded, source.path, tokenizer)
-    halves = None if autoencoder is None else load_autoencoder(autoencoder)
-    if halves is not None and halves.shape.latent != loaded.in_channels:
-        raise InputError(
-            f"autoencoder '{autoencoder}' has {halves.shape.latent} latent channels, the config {loaded.in_channels}"
-        )
+    pieces = tokenizer_file(plan.config, plan.checkpoint.path, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        job = Export(source, loaded, kinds, opset, sizes, sorted(set(upsample)), halves, latent_scale, folder, report)
-        sha256, graphs = job.write()
+        job = Export(plan, folder, report)
+        sha256, built = job.write()
         if pieces is not None:
             shutil.copyfile(pieces, folder / TOKENIZER)
-        write_tables(folder / "sampler", loaded)
-        validation, golden = prove(job) if validate else ({"state": "skipped", "reason": "--no-validate"}, {})
+        write_tables(folder / "sampler", plan.config)
+        record, golden = job.prove(built) if validate else ({"state": "skipped", "reason": "--no-validate"}, {})
         with job.phase("sign"):
-            described = {"factor": halves.shape.factor, "scale": latent_scale} if halves else None
-            manifest = make_manifest(
-                out.name.removesuffix(".bundle"), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), loaded, source,
-                sha256, kinds, opset, graphs, signed_files(folder, sha256),
-                TOKENIZER if pieces is not None else None, described, validation, golden,
-            )  # fmt: skip
+            manifest = {
+                "name": out.name.removesuffix(".bundle"),
+                "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                **facts_of(plan, sha256, TOKENIZER if pieces else None),
+                "graphs": {one.spec.name: graph_entry(one) for one in built},
+                "files": signed_files(folder, sha256),
+                "validation": record,
+                "golden": golden,
+            }
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             open_bundle(folder)
         publish(folder, out, force)
@@ -186,6 +176,31 @@ def export_bundle(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return out
+
+
+def make_plan(
+    checkpoint: Path,
+    config: Config,
+    precision: Precision,
+    opset: int | None,
+    image_sizes: Sequence[int],
+    upsample: Sequence[int],
+    external: External | None,
+) -> Plan:
+    """Everything that can be wrong with what was asked, before a byte is written."""
+    opset = checked_opset(opset, precision)
+    sizes = list(dict.fromkeys([config.image_size, *image_sizes]))
+    check_sizes(config, sizes, upsample)
+    if external is not None:
+        if config.family != "dim" or config.in_channels == 3:
+            raise InputError("an external autoencoder belongs to a DiM on latents; this config works on pixels or text")
+        if external.model.shape.latent != config.in_channels:
+            raise InputError(
+                f"the autoencoder has {external.model.shape.latent} latent channels, the config {config.in_channels}\n"
+                "expected the autoencoder that the checkpoint was trained with"
+            )
+    specs = plan_graphs(config, sizes, sorted(set(upsample)), external is not None)
+    return Plan(Checkpoint(checkpoint, config), config, precision, opset, tuple(specs), external)
 
 
 def checked_opset(opset: int | None, precision: Precision) -> int:
@@ -221,26 +236,6 @@ def tokenizer_file(config: Config, checkpoint: Path, given: str | Path | None) -
         )
     check_tokenizer(Tokenizer(path), config)
     return path
-
-
-def prove(job: Export) -> tuple[dict[str, Any], dict[str, str]]:
-    """Validate what was written, then write the golden files."""
-    validation = Validation(job.folder, job.checkpoint, job.config, job.precision, job.opset, job.built, job.halves)
-    with job.phase("check graphs"):
-        validation.check_files()
-    with job.phase("validate"):
-        record = validation.run()
-    if not validation.fits:
-        return record | {"golden": "skipped: the whole model does not fit into this machine's memory"}, {}
-    with job.phase("golden outputs"):
-        folder = job.folder / "golden"
-        folder.mkdir()
-        truth = validation.truth
-        golden = write_cases(folder, job.specs, job.config, truth)
-        golden |= write_runs(folder, job.config, truth, validation.parameters)
-    with job.phase("validate runs"):
-        record["runs"] = validation.runs(golden)
-    return record, golden
 
 
 def signed_files(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]:

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdm.export.graphs import SETS, GraphSpec
+from mdm.export.graphs import SETS, External, GraphSpec
 from mdm.export.weights import POSITION, Checkpoint
-from mdm.reference.autoencoder import Autoencoder
 from mdm.reference.checkpoint import position_for
 from mdm.reference.config import Config
 from mdm.reference.dim import DiM
@@ -55,8 +54,8 @@ def points_of(spec: GraphSpec, config: Config) -> list[Point]:
 class Truth:
     """The PyTorch model at the sizes a bundle has, and the stage that a step graph computes, in plain torch."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Config, halves: tuple[Autoencoder, float] | None = None) -> None:
-        self.checkpoint, self.config, self.halves = checkpoint, config, halves
+    def __init__(self, checkpoint: Checkpoint, config: Config, external: External | None = None) -> None:
+        self.checkpoint, self.config, self.external = checkpoint, config, external
         self.model = cache(self._model)
 
     def _model(self, size: int, through: int | None = None) -> DiM | MDM:
@@ -108,7 +107,7 @@ class Truth:
         config, B, T = self.config, point.batch, point.text_tokens
         if config.family == "dim":
             height, width = point.size
-            factor = self.halves[0].shape.factor if self.halves else 1
+            factor = self.external.model.shape.factor if self.external else 1
             if spec.role == "decode":
                 return {"z": normal(B, config.in_channels, height, width)}
             return {"picture": normal(B, 3, height * factor, width * factor).clip(-1, 1)}
@@ -159,11 +158,10 @@ class Truth:
         return {name: tensor.numpy() for name, tensor in said.items()}
 
     def _half_outputs(self, spec: GraphSpec, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.halves is not None:
-            autoencoder, scale = self.halves
+        if (external := self.external) is not None:
             if spec.role == "encode":
-                return {"z": autoencoder.encode(given["picture"]) * scale}
-            return {"picture": autoencoder.decode(given["z"] / scale)}
+                return {"z": external.model.encode(given["picture"]) * external.scale}
+            return {"picture": external.model.decode(given["z"] / external.scale)}
         model = self.model(spec.image_size or self.config.image_size)
         assert isinstance(model, MDM)
         if "text" in spec.modalities:

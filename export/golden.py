@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from mdm.export.cases import Arrays, Truth, points_of
-from mdm.export.graphs import GraphSpec
+from mdm.export.graphs import Plan
 from mdm.reference.config import Config
 from mdm.reference.dim import DiM
 from mdm.reference.generate import Estimator, schedule_of
@@ -33,9 +33,8 @@ from mdm.reference.tasks import TASKS, Request, Task
 from mdm.runtime.schedule import make_schedule
 from mdm.runtime.solver import ROW, STOCHASTIC, sampler_of, solver_table
 
-LARGE = 100_000_000  # parameters; beyond it a run has FEW steps
-FEW, MOST = 4, 50
-BATCH = 2
+LARGE = 100_000_000  # parameters; beyond it a run has FEW steps, and one sample
+FEW, MOST = 4, 20
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ def write_tables(folder: Path, config: Config) -> None:
         (folder / f"{task}.json").write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n")
 
 
-def write_cases(folder: Path, specs: list[GraphSpec], config: Config, truth: Truth) -> dict[str, str]:
+def write_cases(folder: Path, plan: Plan, truth: Truth) -> dict[str, str]:
     """The first point of each graph -> graph: file."""
     written = {}
-    for spec in specs:
-        inputs = truth.inputs(spec, points_of(spec, config)[0])
+    for spec in plan.specs:
+        inputs = truth.inputs(spec, points_of(spec, plan.config)[0])
         outputs = truth.outputs(spec, inputs)
         tensors = {f"in.{name}": v for name, v in inputs.items()} | {f"out.{name}": v for name, v in outputs.items()}
         written[spec.name] = _save(folder / f"{spec.name}.safetensors", tensors)
@@ -111,29 +110,30 @@ def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
 # --------------------------------------------------------------------------------------------------- whole runs
 
 
-def write_runs(folder: Path, config: Config, truth: Truth, parameters: int) -> dict[str, str]:
+def write_runs(folder: Path, plan: Plan, truth: Truth) -> dict[str, str]:
     """One run of each task by the reference's own solver -> task_<task>: file."""
-    steps = FEW if parameters > LARGE else MOST
+    config = plan.config
+    steps, batch = (FEW, 1) if plan.parameters > LARGE else (MOST, 2)
     written = {}
     for task in tasks_of(config):
         run = default_run(config, task, steps)
-        written[f"task_{task}"] = _save(folder / f"task_{task}.safetensors", reference_run(config, truth, run))
+        written[f"task_{task}"] = _save(folder / f"task_{task}.safetensors", reference_run(config, truth, run, batch))
     return written
 
 
 @torch.no_grad()
-def reference_run(config: Config, truth: Truth, run: Run) -> Arrays:
+def reference_run(config: Config, truth: Truth, run: Run, batch: int = 2) -> Arrays:
     model = truth.model(config.image_size)
     draw = torch.Generator().manual_seed(0)
-    y = torch.randint(0, config.classes, (BATCH,), generator=draw)
-    null = torch.full((BATCH,), config.classes)
+    y = torch.randint(0, config.classes, (batch,), generator=draw)
+    null = torch.full((batch,), config.classes)
     guidance = float(run.sampler["guidance"])
     points: list[Tensor] = []
     options = {key: value for key, value in run.sampler.items() if key not in ("solver", "steps", "guidance")}
-    tensors: dict[str, Tensor] = {"y": y, "guidance": torch.full((BATCH,), guidance)}
+    tensors: dict[str, Tensor] = {"y": y, "guidance": torch.full((batch,), guidance)}
     if isinstance(model, DiM):
         schedule = reference_schedule(config.schedule_image)
-        z = torch.randn(BATCH, config.in_channels, config.image_size, config.image_size, generator=draw)
+        z = torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=draw)
 
         def estimate(y: Tensor) -> Any:
             return lambda z, t: model(z, schedule.model_time(t).expand(len(z)), y)
@@ -167,20 +167,20 @@ def reference_run(config: Config, truth: Truth, run: Run) -> Arrays:
 
 def random_request(model: MDM, task_name: str, y: Tensor, draw: torch.Generator) -> Request:
     """A request of random pieces and smooth random pictures: no tokenizer is needed, and no picture."""
-    config, task = model.config, TASKS[task_name]
+    config, task, batch = model.config, TASKS[task_name], len(y)
     T = min(config.text_lengths) if task.text else 0
     clean, given = [], []
 
     def text() -> Tensor:
-        return model.vae.encode_text(torch.randint(0, config.vocabulary, (BATCH, T), generator=draw))
+        return model.vae.encode_text(torch.randint(0, config.vocabulary, (batch, T), generator=draw))
 
     if T:
         known = {"given": T, "both": T // 2, "made": 0}[task.text]
         clean.append(text())
-        given.append((torch.arange(T) < known).expand(BATCH, -1))
+        given.append((torch.arange(T) < known).expand(batch, -1))
     unguided = [text()] if T else []
     if task.image:
-        coarse = torch.rand(BATCH, config.in_channels, 4, 4, generator=draw) * 2 - 1
+        coarse = torch.rand(batch, config.in_channels, 4, 4, generator=draw) * 2 - 1
         size = (config.image_size, config.image_size)
         shown = model.vae.encode_image(torch.nn.functional.interpolate(coarse, size, mode="bilinear"))  # [B,M,d]
         tokens = shown.shape[1]
@@ -188,8 +188,8 @@ def random_request(model: MDM, task_name: str, y: Tensor, draw: torch.Generator)
         clean.append(stack)
         unguided.append(stack)
         known = tokens if task.image in ("given", "both") else 0
-        given.append((torch.arange(stack.shape[1]) < known).expand(BATCH, -1))
-    null = torch.full((BATCH,), config.classes)
+        given.append((torch.arange(stack.shape[1]) < known).expand(batch, -1))
+    null = torch.full((batch,), config.classes)
     return Request(
         task, T, torch.cat(clean, 1), torch.cat(given, 1), y,
         torch.cat(unguided, 1), null if task.drops == "class" else y,

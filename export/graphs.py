@@ -9,8 +9,9 @@ carry it at the end of their name, step_image_guided_96, and those with upsample
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx import ModelProto
 
@@ -21,7 +22,7 @@ from mdm.export.levels import levels_at
 from mdm.export.networks import Conditioning, dim_estimate, mdm_estimate
 from mdm.export.precision import Precision
 from mdm.export.step import Step
-from mdm.export.weights import Stored, Weights
+from mdm.export.weights import Checkpoint, Stored, Weights, cut_config
 from mdm.plugins.errors import InputError
 from mdm.reference.autoencoder import Autoencoder
 from mdm.reference.config import Config
@@ -49,15 +50,51 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class Built:
-    """A graph that still lacks its weights' places, and where each of them lies."""
+    """A graph, and where each of its weights lies."""
 
     spec: GraphSpec
     model: ModelProto
     stored: dict[str, Stored]
 
 
-def plan_graphs(config: Config, image_sizes: Sequence[int], upsample: Sequence[int]) -> list[GraphSpec]:
-    """Every graph of a bundle, in order. The first size is the bundle's own."""
+@dataclass(frozen=True)
+class External:
+    """An image autoencoder outside the model; `scale` is what its latents are multiplied by."""
+
+    model: Autoencoder
+    scale: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export makes, of what: everything that its graphs depend on."""
+
+    checkpoint: Checkpoint
+    config: Config
+    precision: Precision
+    opset: int
+    specs: tuple[GraphSpec, ...]
+    external: External | None = None
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.checkpoint.expected.values())
+
+    def build(self, weights: Weights) -> list[Built]:
+        """All graphs; `Weights.place` then tells them where their weights lie."""
+        return [
+            build_graph(spec, self.config, weights, self.precision, self.opset, self.external) for spec in self.specs
+        ]
+
+    def cut(self) -> Plan:
+        """The same for three blocks of the model."""
+        return replace(self, checkpoint=self.checkpoint.cut(self.config), config=cut_config(self.config))
+
+
+def plan_graphs(
+    config: Config, image_sizes: Sequence[int], upsample: Sequence[int], external: bool = False
+) -> list[GraphSpec]:
+    """Every graph of a bundle, in order. The first size is the bundle's own; `external`: with an autoencoder."""
     plan: list[GraphSpec] = []
     factors = {config.image_size * m: m for m in upsample}
     sizes = [*image_sizes, *(size for size in factors if size not in image_sizes)]
@@ -81,6 +118,8 @@ def plan_graphs(config: Config, image_sizes: Sequence[int], upsample: Sequence[i
                 plan.append(GraphSpec(f"{role}_image{end}", role, modalities=("image",), image_size=size))
                 if not place:
                     plan.append(GraphSpec(f"{role}_text", role, modalities=("text",)))
+    if external:
+        plan += [GraphSpec(f"{role}_image", role, modalities=("image",)) for role in ("encode", "decode")]
     return plan
 
 
@@ -103,13 +142,13 @@ def build_graph(
     weights: Weights,
     precision: Precision,
     opset: int,
-    external: tuple[Autoencoder, float] | None = None,  # an autoencoder outside the model, and its scale
+    external: External | None = None,
 ) -> Built:
     g = Graph(spec.name, weights, precision, opset)
     side = (spec.image_size or config.image_size) // config.patch
     if external is not None and spec.role in ("encode", "decode"):
         half = autoencoder.encode_image if spec.role == "encode" else autoencoder.decode_image
-        half(g, *external)
+        half(g, external.model, external.scale)
     elif spec.role == "encode":
         vae.encode_image(g, config, side) if "image" in spec.modalities else vae.encode_text(g, config)
     elif spec.role == "decode":

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from onnx import ModelProto, ValueInfoProto
+from onnx import ValueInfoProto
 
 from mdm.export.golden import set_of, tasks_of
 from mdm.export.graph import ONNX_TYPES
-from mdm.export.graphs import Built
-from mdm.export.precision import Precision
-from mdm.export.weights import Checkpoint
-from mdm.reference.config import Config
+from mdm.export.graphs import Built, Plan
 from mdm.runtime.bundle import SCHEMA
 from mdm.runtime.solver import ROW, sampler_of
 
@@ -34,9 +29,9 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
-def graph_entry(built: Built, model: ModelProto) -> dict[str, Any]:
-    spec = built.spec
-    operators = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+def graph_entry(built: Built) -> dict[str, Any]:
+    spec, graph = built.spec, built.model.graph
+    operators = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in graph.node)
     return {
         "file": f"{spec.name}.onnx",
         "role": spec.role,
@@ -45,9 +40,9 @@ def graph_entry(built: Built, model: ModelProto) -> dict[str, Any]:
         "guided": spec.guided,
         "upsample": spec.upsample,
         "image_size": spec.image_size,
-        "inputs": [_tensor(info) for info in model.graph.input],
-        "outputs": [_tensor(info) for info in model.graph.output],
-        "nodes": len(model.graph.node),
+        "inputs": [_tensor(info) for info in graph.input],
+        "outputs": [_tensor(info) for info in graph.output],
+        "nodes": len(graph.node),
         "operators": dict(sorted(operators.items())),
         "weights": sorted({stored.file for stored in built.stored.values()}),
     }
@@ -59,52 +54,38 @@ def _tensor(info: ValueInfoProto) -> dict[str, Any]:
     return {"name": info.name, "dtype": NAMES[tensor.elem_type], "shape": shape}
 
 
-def make_manifest(
-    name: str,
-    created: str,
-    config: Config,
-    checkpoint: Checkpoint,
-    sha256: str,
-    precision: Precision,
-    opset: int,
-    graphs: Mapping[str, dict[str, Any]],
-    files: Mapping[str, dict[str, Any]],
-    tokenizer: str | None,
-    autoencoder: dict[str, Any] | None,
-    validation: dict[str, Any],
-    golden: dict[str, str],
-) -> dict[str, Any]:
-    tasks = tasks_of(config)
+def facts_of(plan: Plan, sha256: str, tokenizer: str | None) -> dict[str, Any]:
+    """What a host must know beside the graphs and files; `sha256` is the checkpoint's."""
+    config, external, checkpoint = plan.config, plan.external, plan.checkpoint
     fields = json.loads(config.to_json())
+    tasks = tasks_of(config)
+    factor = external.model.shape.factor if external else 1
     text = None
     if config.family == "mdm":
         text = {"lengths": list(config.text_lengths), "vocabulary": config.vocabulary, "tokenizer": tokenizer}
+    specs = {"image": config.schedule_image, "text": config.schedule_text}
     return {
         "schema": SCHEMA,
-        "name": name,
-        "created": created,
         "config": fields,
-        "precision": precision.name,
-        "fp32_layers": list(precision.fp32_layers),
-        "opset": opset,
-        "parameters": sum(math.prod(shape) for shape in checkpoint.expected.values()),
-        "graphs": dict(graphs),
-        "files": {path: files[path] for path in sorted(files)},
+        "precision": plan.precision.name,
+        "fp32_layers": list(plan.precision.fp32_layers),
+        "opset": plan.opset,
+        "parameters": plan.parameters,
         "tasks": {
-            task: {"text": t.text, "image": t.image, "drops": t.drops, "graph": set_of(t)} for task, t in tasks.items()
+            name: {"text": task.text, "image": task.image, "drops": task.drops, "graph": set_of(task)}
+            for name, task in tasks.items()
         },
         "row": list(ROW),
-        "schedules": {"image": dict(config.schedule_image)}
-        | ({"text": dict(config.schedule_text)} if config.schedule_text else {}),
+        "schedules": {modality: dict(spec) for modality, spec in specs.items() if spec},
         "sampler": sampler_of(fields),
         "sampler_for": {task: sampler_of(fields, task) for task in config.sampler_for if task in tasks},
         "picture": {
-            "channels": 3 if autoencoder else config.in_channels,
-            "size": config.image_size * (autoencoder["factor"] if autoencoder else 1),
+            "channels": external.model.shape.picture if external else config.in_channels,
+            "size": config.image_size * factor,
             "range": [-1.0, 1.0],
             "patch": config.patch,
-            "latent_scale": autoencoder["scale"] if autoencoder else None,
-            "factor": autoencoder["factor"] if autoencoder else 1,
+            "latent_scale": external.scale if external else None,
+            "factor": factor,
         },
         "text": text,
         "provenance": {
@@ -117,6 +98,4 @@ def make_manifest(
             },
             "tools": tool_versions(),
         },
-        "validation": validation,
-        "golden": golden,
     }

@@ -5,11 +5,10 @@ The figure is the largest difference of an output over the largest value the mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,13 +20,11 @@ from safetensors.numpy import load_file
 
 from mdm.export.cases import Arrays, Point, Truth, points_of
 from mdm.export.golden import default_run
-from mdm.export.graphs import Built, GraphSpec, build_graph
-from mdm.export.precision import Precision
+from mdm.export.graphs import Built, GraphSpec, Plan
 from mdm.export.twin import write_twin
-from mdm.export.weights import CUT_BLOCKS, Checkpoint, Weights
+from mdm.export.weights import Weights
 from mdm.plugins import register
 from mdm.plugins.errors import EnvironmentLackError, InputError, ParityError
-from mdm.reference.autoencoder import Autoencoder
 from mdm.reference.config import Config
 
 # Of one evaluation, and of a whole run of a sampler: some thirty times what mdm-tiny and DiM's sizes showed.
@@ -108,23 +105,10 @@ def compare(spec: GraphSpec, point: Point, found: Arrays, expected: Arrays, choi
 class Validation:
     """All graphs of a bundle that lies in `folder`, against the model it was made from."""
 
-    def __init__(
-        self,
-        folder: Path,
-        checkpoint: Checkpoint,
-        config: Config,
-        precision: Precision,
-        opset: int,
-        built: Sequence[Built],
-        halves: tuple[Autoencoder, float] | None,
-    ) -> None:
-        self.folder, self.checkpoint, self.config, self.precision, self.opset = (
-            folder, checkpoint, config, precision, opset,
-        )  # fmt: skip
-        self.built, self.halves = built, halves
-        self.parameters = sum(math.prod(shape) for shape in checkpoint.expected.values())
-        self.fits = ROOM * 4 * self.parameters < available_memory()
-        self.truth = Truth(checkpoint, config, halves)
+    def __init__(self, folder: Path, plan: Plan, built: Sequence[Built]) -> None:
+        self.folder, self.plan, self.built = folder, plan, built
+        self.fits = ROOM * 4 * plan.parameters < available_memory()
+        self.truth = Truth(plan.checkpoint, plan.config, plan.external)
 
     def check_files(self) -> None:
         for built in self.built:
@@ -132,32 +116,21 @@ class Validation:
 
     def run(self) -> dict[str, Any]:
         """The manifest's record of what was compared."""
-        record: dict[str, Any] = {"state": "passed", "limit": LIMITS[self.precision.name]}
-        if 4 * self.parameters <= CUT_ABOVE:
+        record: dict[str, Any] = {"state": "passed", "limit": LIMITS[self.plan.precision.name]}
+        if 4 * self.plan.parameters <= CUT_ABOVE:
             return record | {"model": "whole", "graphs": self.measured(self.folder, self.built, self.truth, 3)}
+        cut = self.plan.cut()
         with TemporaryDirectory(dir=self.folder) as place:
-            cut, config = self.checkpoint.cut(self.config), replace(self.config, blocks=CUT_BLOCKS)
-            built = self.cut_graphs(Path(place), cut, config)
-            graphs = self.measured(Path(place), built, Truth(cut, config, self.halves), 3)
-        record |= {"model": f"{CUT_BLOCKS} of {self.config.blocks} blocks", "graphs": graphs}
+            built = write_part(cut, Path(place))
+            graphs = self.measured(Path(place), built, Truth(cut.checkpoint, cut.config, cut.external), 3)
+        record |= {"model": f"{cut.config.blocks} of {self.plan.config.blocks} blocks", "graphs": graphs}
         if not self.fits:
             return record | {"whole": "not run: it does not fit into this machine's memory"}
         return record | {"whole": self.measured(self.folder, self.built, self.truth, 1)}
 
-    def cut_graphs(self, folder: Path, cut: Checkpoint, config: Config) -> list[Built]:
-        """The bundle's graphs again, for a part of the model."""
-        weights = Weights(cut, self.precision.activations)
-        weights.verbatim = False  # the part's weights alone are written, instead of another copy of all
-        built = [build_graph(one.spec, config, weights, self.precision, self.opset, self.halves) for one in self.built]
-        weights.write_derived(folder)
-        for one in built:
-            weights.place(one.model, one.stored)
-            (folder / f"{one.spec.name}.onnx").write_bytes(one.model.SerializeToString())
-        return built
-
     def measured(self, folder: Path, built: Sequence[Built], truth: Truth, count: int) -> dict[str, Any]:
         """graph -> the worst of its points."""
-        if self.precision.name == "bf16":
+        if self.plan.precision.name == "bf16":
             # ONNX Runtime's CPU has no bfloat16: the same graphs with float32 in its place, the weights' values kept.
             with TemporaryDirectory(dir=folder) as place:
                 for one in built:
@@ -168,7 +141,7 @@ class Validation:
 
     def worst(self, folder: Path, built: Sequence[Built], truth: Truth, count: int) -> dict[str, Any]:
         graphs: dict[str, Any] = {}
-        limit = LIMITS[self.precision.name]
+        limit = LIMITS[self.plan.precision.name]
         for one in measure(folder, [b.spec for b in built], truth.config, truth, limit, count):
             known = graphs.setdefault(one.graph, {"points": 0, "output": "", "error": -1.0})
             known["points"] += 1
@@ -178,24 +151,35 @@ class Validation:
 
     def runs(self, golden: Mapping[str, str]) -> dict[str, Any]:
         """Each task's golden run again, by the step graph alone -> task: error at its end."""
-        if self.precision.name == "bf16":
+        if self.plan.precision.name == "bf16":
             return {"skipped": "ONNX Runtime's CPU has no bfloat16"}
-        record = {}
+        record, limit = {}, RUN_LIMITS[self.plan.precision.name]
         for name, file in golden.items():
             if not name.startswith("task_"):
                 continue
             task = name.removeprefix("task_")
             arrays = load_file(self.folder / file)
-            _, end = run_table(self.folder / f"{default_run(self.config, task).graph}.onnx", arrays)
+            _, end = run_table(self.folder / f"{default_run(self.plan.config, task).graph}.onnx", arrays)
             error = relative_error(end, arrays["out.z"])
-            if not error <= RUN_LIMITS[self.precision.name]:
+            if not error <= limit:
                 raise ParityError(
                     f"a whole run of task '{task}' by the step graph ends elsewhere than the model's\n"
-                    f"found a difference of {error:.2g} of the largest value, expected at most "
-                    f"{RUN_LIMITS[self.precision.name]:g}"
+                    f"found a difference of {error:.2g} of the largest value, expected at most {limit:g}"
                 )
             record[task] = float(f"{error:.2g}")
         return record
+
+
+def write_part(plan: Plan, folder: Path) -> list[Built]:
+    """The graphs of a part of the model, with its weights alone instead of another copy of all."""
+    weights = Weights(plan.checkpoint, plan.precision.activations)
+    weights.verbatim = False
+    built = plan.build(weights)
+    weights.write_derived(folder)
+    for one in built:
+        weights.place(one.model, one.stored)
+        (folder / f"{one.spec.name}.onnx").write_bytes(one.model.SerializeToString())
+    return built
 
 
 def rounded_truth(truth: Truth, built: Sequence[Built]) -> Truth:
@@ -203,7 +187,7 @@ def rounded_truth(truth: Truth, built: Sequence[Built]) -> Truth:
     rounded = copy(truth.checkpoint)
     half = {stored.key for one in built for stored in one.stored.values() if stored.dtype == "bfloat16"}
     rounded.rounded = frozenset(half)
-    return Truth(rounded, truth.config, truth.halves)
+    return Truth(rounded, truth.config, truth.external)
 
 
 def available_memory() -> int:

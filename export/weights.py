@@ -120,7 +120,7 @@ class Checkpoint:
     def cut(self, config: Config) -> Checkpoint:
         """The same file as a model of `CUT_BLOCKS` blocks: the first ones and the last."""
         other = copy(self)
-        other.expected = shapes_of(empty_model(replace(config, blocks=CUT_BLOCKS)))
+        other.expected = shapes_of(empty_model(cut_config(config)))
         last = f"backbone.blocks.{CUT_BLOCKS - 1}."
         whole = {name: name.replace(last, f"backbone.blocks.{config.blocks - 1}.") for name in other.expected}
         other.file_name = {name: self.file_name[whole[name]] for name in other.expected}
@@ -137,6 +137,10 @@ def empty_model(config: Config) -> DiM | MDM:
     """Names and shapes without values."""
     with torch.device("meta"):
         return build_model(config)
+
+
+def cut_config(config: Config) -> Config:
+    return replace(config, blocks=CUT_BLOCKS)
 
 
 def shapes_of(model: DiM | MDM) -> dict[str, tuple[int, ...]]:
