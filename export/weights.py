@@ -85,7 +85,7 @@ class Checkpoint:
             found = {name: (e.shape, kinds.get(e.dtype, e.dtype)) for name, e in self._entries.items()}
         else:
             self.format = "pth"
-            self._tensors = read_tensors(path)
+            self._tensors = read_tensors(path, mapped=True)
             found = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in self._tensors.items()}
         self.file_name = fit_names(found, model, path)  # our name -> the file's
         self.found = {ours: found[theirs] for ours, theirs in self.file_name.items()}  # our name -> shape, type

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,8 @@ def load_model(path: str | Path, config: str | Path | Mapping[str, Any] | Config
     return model.eval()
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint file, by the names in it."""
+def read_tensors(path: str | Path, mapped: bool = False) -> dict[str, Tensor]:
+    """All tensors of a checkpoint file, by the names in it; `mapped`: read from a .pth only when looked at."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"checkpoint '{path}' is not a file")
@@ -86,7 +87,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if path.suffix not in (".pth", ".pt"):
         raise InputError(f"checkpoint '{path}' ends in '{path.suffix}', expected .safetensors, .pth or .pt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # an unpickler fed with noise raises anything
         raise InputError(
             f"checkpoint '{path}' cannot be read as plain tensors\n"
