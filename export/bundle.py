@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -38,6 +39,8 @@ OPSETS = range(20, 26)  # 26 is not in ONNX Runtime's released set; below 20 som
 BF16_OPSET = 22  # the first with a bfloat16 Conv
 TOKENIZER = "tokenizer.model"
 SD_SCALE = 0.18215  # what Stable Diffusion's autoencoder, and DiM's with it, scales its latents by
+
+NO_PLACE = (errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EFBIG)
 
 Report = Callable[[str, float | None], None]  # phase; seconds it took, None when it begins
 
@@ -131,7 +134,7 @@ def export_bundle(
     fp32_layers: Sequence[str] = (),
     tokenizer: str | Path | None = None,
     autoencoder: str | Path | None = None,
-    latent_scale: float = SD_SCALE,
+    latent_scale: float | None = None,
     validate: bool = True,
     force: bool = False,
     report: Report = lambda phase, seconds: None,
@@ -143,13 +146,13 @@ def export_bundle(
     out = Path(out)
     plan = make_plan(
         Path(checkpoint), load_config(config), make_precision(precision, fp32_layers), opset, image_sizes, upsample,
-        None if autoencoder is None else External(load_autoencoder(autoencoder), latent_scale),
+        external_of(autoencoder, latent_scale),
     )  # fmt: skip
     check_target(out, force)
     pieces = tokenizer_file(plan.config, plan.checkpoint.path, tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    folder = None
     try:
+        folder = beside(out, ".partial")
         job = Export(plan, folder, report)
         sha256, built = job.write()
         if pieces is not None:
@@ -158,7 +161,7 @@ def export_bundle(
         record, golden = job.prove(built) if validate else ({"state": "skipped", "reason": "--no-validate"}, {})
         with job.phase("sign"):
             manifest = {
-                "name": out.name.removesuffix(".bundle"),
+                "name": out.name.removesuffix(".bundle") or out.name,
                 "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
                 **facts_of(plan, sha256, TOKENIZER if pieces else None),
                 "graphs": {one.spec.name: graph_entry(one) for one in built},
@@ -172,10 +175,30 @@ def export_bundle(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise no_space(out.parent, "the disk became full") from error
+        if error.errno in NO_PLACE:
+            raise InputError(f"no bundle can be written at '{out}': {error.strerror}\nname another target") from error
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
     return out
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """A new hidden folder beside the target."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=suffix, dir=out.parent))
+
+
+def external_of(autoencoder: str | Path | None, scale: float | None) -> External | None:
+    if autoencoder is None:
+        if scale is not None:
+            raise InputError("a latent scale was given without an autoencoder: it belongs to one")
+        return None
+    scale = SD_SCALE if scale is None else scale
+    if not (math.isfinite(scale) and scale > 0):
+        raise InputError(f"latent scale is {scale}, expected a number above 0")
+    return External(load_autoencoder(autoencoder), scale)
 
 
 def make_plan(
@@ -216,10 +239,20 @@ def check_target(out: Path, force: bool) -> None:
     """A target may be overwritten only if it is a bundle, and only when asked."""
     if not os.path.lexists(out):
         return
-    if not (out / MANIFEST).is_file() or out.is_symlink():
+    if out.is_symlink() or not looks_like_a_bundle(out):
         raise InputError(f"'{out}' exists and is not a bundle\nname another target; it is not overwritten")
     if not force:
         raise InputError(f"bundle '{out}' exists\nto replace it, say --force")
+
+
+def looks_like_a_bundle(folder: Path) -> bool:
+    """Also a damaged one; but not any folder that has some program's manifest.json."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    kinds = {"schema": int, "graphs": dict, "files": dict, "provenance": dict}
+    return isinstance(manifest, dict) and all(isinstance(manifest.get(key), kind) for key, kind in kinds.items())
 
 
 def tokenizer_file(config: Config, checkpoint: Path, given: str | Path | None) -> Path | None:
@@ -251,13 +284,19 @@ def signed_files(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]
 def publish(folder: Path, out: Path, force: bool) -> None:
     """Give the finished folder its name; an earlier bundle goes once the new one stands."""
     folder.chmod(0o755)
-    earlier = None
     check_target(out, force)
-    if out.exists():
-        earlier = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".replaced", dir=out.parent))
+    if not out.exists():
+        os.rename(folder, out)
+        return
+    earlier = beside(out, ".replaced")
+    try:
         os.rename(out, earlier)
-    os.rename(folder, out)
-    if earlier is not None:
+        try:
+            os.rename(folder, out)
+        except BaseException:
+            os.rename(earlier, out)
+            raise
+    finally:
         shutil.rmtree(earlier, ignore_errors=True)
 
 

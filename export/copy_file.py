@@ -27,7 +27,7 @@ def copy_sparse(source: Path, target: Path) -> None:
             try:
                 start = os.lseek(read.fileno(), start, os.SEEK_DATA)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # a hole up to the end
+                if error.errno == errno.ENXIO and os.fstat(read.fileno()).st_size == size:  # a hole up to the end
                     return
                 raise
             end = os.lseek(read.fileno(), start, os.SEEK_HOLE)

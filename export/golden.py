@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from mdm.export.cases import Arrays, Truth, points_of
@@ -103,7 +103,7 @@ def write_cases(folder: Path, plan: Plan, truth: Truth) -> dict[str, str]:
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
-    save_file({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}, str(path))
+    path.write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
     return f"{path.parent.name}/{path.name}"
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from mdm.export.precision import Precision
@@ -86,15 +87,19 @@ class Graph:
         """Names of what is made inside begin with this module's path; `root`: with nothing before it."""
         outer = self._path
         self._path = [*([] if root else outer), *map(str, parts)]
-        yield
-        self._path = outer
+        try:
+            yield
+        finally:
+            self._path = outer
 
     @contextmanager
     def copy(self, label: str) -> Iterator[None]:
         """Nodes made inside are a second copy of a network: other names, the same weights."""
         self._copy.append(label)
-        yield
-        self._copy.pop()
+        try:
+            yield
+        finally:
+            self._copy.pop()
 
     @property
     def path(self) -> str:
@@ -229,8 +234,8 @@ class Graph:
 
 
 def _tensor(array: np.ndarray, dtype: str) -> TensorProto:
-    if dtype == "bfloat16":  # numpy has none: the upper half of a float32, which is exact for the constants in use
-        raw = (array.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    if dtype == "bfloat16":  # numpy has none
+        raw = torch.from_numpy(array.astype(np.float32)).bfloat16().view(torch.int16).numpy().tobytes()
     else:
         raw = array.astype(dtype).tobytes()
     return TensorProto(data_type=ONNX_TYPES[dtype], dims=array.shape, raw_data=raw)

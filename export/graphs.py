@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from onnx import ModelProto
 
@@ -27,6 +28,7 @@ from mdm.plugins.errors import InputError
 from mdm.reference.autoencoder import Autoencoder
 from mdm.reference.config import Config
 
+MOST_PATCHES = 1 << 18  # of one picture: 1024 px at patch 2 over f8 latents are 4,096
 # set -> has text, pictures
 SETS = {"image": (False, 1), "text": (True, 0), "joint": (True, 1), "turn": (True, 2)}
 
@@ -82,9 +84,14 @@ class Plan:
 
     def build(self, weights: Weights) -> list[Built]:
         """All graphs; `Weights.place` then tells them where their weights lie."""
-        return [
+        built = [
             build_graph(spec, self.config, weights, self.precision, self.opset, self.external) for spec in self.specs
         ]
+        paths = {node.name.rpartition(".")[0] for one in built for node in one.model.graph.node}
+        for pattern in self.precision.fp32_layers:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise InputError(f"fp32 layers: nothing fits '{pattern}'\npaths are like 'backbone.blocks.1.skip'")
+        return built
 
     def cut(self) -> Plan:
         """The same for three blocks of the model."""
@@ -127,6 +134,8 @@ def check_sizes(config: Config, image_sizes: Sequence[int], upsample: Sequence[i
     for size in image_sizes:
         if size < config.patch or size % config.patch:
             raise InputError(f"image size {size} is not a multiple of the config's patch {config.patch}")
+        if (size // config.patch) ** 2 > MOST_PATCHES:
+            raise InputError(f"image size {size} is more than {MOST_PATCHES} patches of side {config.patch}")
     if upsample and config.family != "dim":
         raise InputError("upsample guidance is DiM's: it is not made for family 'mdm'")
     for m in upsample:

@@ -80,6 +80,8 @@ def causal_conv(g: Graph, x: Value, path: str, channels: int, taps: int) -> Valu
     against 15 ms, silu included, for 1064 x 4352 on two cores).
     """
     with g.scope(path):
-        weight, bias = g.weight("weight", x.dtype), g.weight("bias", x.dtype)
-        y = g.op("Conv", g.transpose(x, 0, 2, 1), weight, bias, group=channels, pads=[taps - 1, 0])
+        dtype = g.dtype("mixer")
+        weight, bias = g.weight("weight", dtype), g.weight("bias", dtype)
+        turned = g.transpose(g.cast(x, dtype), 0, 2, 1)
+        y = g.op("Conv", turned, weight, bias, group=channels, pads=[taps - 1, 0])
         return g.transpose(y, 0, 2, 1)

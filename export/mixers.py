@@ -63,11 +63,14 @@ def decay(g: Graph) -> Value:
 def scan(
     g: Graph, operator: Operator, required: list[Value], optional: dict[str, Value | None], **attributes: int
 ) -> Value:
-    """The scan's node: absent inputs are left out, and `has` says which are there."""
+    """The scan's node: absent inputs are left out, `has` says which are there, and all activations have one type."""
     present = {name: value for name, value in optional.items() if value is not None}
+    values = dict(zip((spec.name for spec in operator.required), required, strict=True)) | present
+    dtype, there = g.dtype("mixer"), [spec for spec in operator.inputs if spec.name in values]
+    inputs = [g.cast(values[spec.name], dtype) if spec.activation else values[spec.name] for spec in there]
     # The plugin's attributes lead TensorRT to it; ONNX Runtime goes by the domain.
     written: dict[str, Any] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION), **attributes}
     return g.op(
-        operator.name, *required, *present.values(), domain=DOMAIN, name="scan",
+        operator.name, *inputs, domain=DOMAIN, name="scan",
         has=operator.has_of(present), **written,
     )  # fmt: skip

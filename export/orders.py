@@ -18,7 +18,7 @@ Index = Any  # numpy array or Value: int64 [n]
 
 
 class Orders:
-    """`text` is the count of text tokens: 0, or an int64 scalar of the graph."""
+    """`text` is the count of text tokens, an int64 scalar of the graph; None where there are none."""
 
     def __init__(self, g: Graph, prefix: int, text: Value | None, height: int, width: int) -> None:
         self.g, self.prefix, self.text, self.height, self.width = g, prefix, text, height, width

@@ -49,7 +49,8 @@ def decode_text(g: Graph, config: Config) -> None:
 
 def encoded(g: Graph, config: Config, tokens: Value, modality: int) -> Value:
     """[B,L,hidden] -> the posterior's mean, centred and scaled, float32 [B,L,d]."""
-    h = tokens + g.weight("modality.weight", tokens.dtype, (modality, modality + 1))
+    dtype = g.dtype("vae")
+    h = g.cast(tokens, dtype) + g.weight("modality.weight", dtype, (modality, modality + 1))
     h = linear(g, silu(h), "encoder.1", "vae")
     mean = g.cast(linear(g, silu(h), "encoder.3", "vae", rows=(0, config.latent)), "float32")
     return (mean - latent(g, "latent_mean", modality)) / latent(g, "latent_scale", modality)

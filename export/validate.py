@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -187,7 +187,12 @@ def rounded_truth(truth: Truth, built: Sequence[Built]) -> Truth:
     rounded = copy(truth.checkpoint)
     half = {stored.key for one in built for stored in one.stored.values() if stored.dtype == "bfloat16"}
     rounded.rounded = frozenset(half)
-    return Truth(rounded, truth.config, truth.external)
+    external = deepcopy(truth.external)
+    if external is not None:
+        for name, parameter in external.model.named_parameters():
+            if f"autoencoder.{name}" in half:
+                parameter.data = parameter.data.bfloat16().float()
+    return Truth(rounded, truth.config, external)
 
 
 def available_memory() -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mdm.export.copy_file import copy_sparse
 from mdm.plugins.errors import InputError
-from mdm.reference.checkpoint import build_model, fit_names, position_for, read_tensors
+from mdm.reference.checkpoint import build_model, check_plain, fit_names, position_for, read_tensors
 from mdm.reference.config import Config
 from mdm.reference.dim import DiM
 from mdm.reference.multimodal import MDM
@@ -86,6 +86,8 @@ class Checkpoint:
         else:
             self.format = "pth"
             self._tensors = read_tensors(path, mapped=True)
+            for name, tensor in self._tensors.items():
+                check_plain(name, tensor, path)
             found = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in self._tensors.items()}
         self.file_name = fit_names(found, model, path)  # our name -> the file's
         self.found = {ours: found[theirs] for ours, theirs in self.file_name.items()}  # our name -> shape, type
@@ -107,7 +109,7 @@ class Checkpoint:
     @property
     def bulk_type(self) -> str:
         """The type that most of the numbers have."""
-        return max(DTYPES, key=self.share_of)
+        return max(sorted({kind for _, kind in self.found.values()}), key=self.share_of)
 
     def model(self, config: Config) -> DiM | MDM:
         """The PyTorch model with these weights, in float32, at the picture size of that config."""
@@ -204,7 +206,8 @@ class Weights:
         """`derived.safetensors`, if there is anything to hold. It is never in memory as a whole."""
         entries: dict[str, Entry] = {}
         end = 0
-        for key in sorted(self.derived):
+        # The widest types first: every tensor then stands at a multiple of its type's size.
+        for key in sorted(self.derived, key=lambda key: (-DTYPES[self.derived[key].dtype].itemsize, key)):
             derived = self.derived[key]
             length = math.prod(derived.shape) * DTYPES[derived.dtype].itemsize
             entries[key] = Entry(SAFETENSORS[derived.dtype], derived.shape, end, length)

@@ -55,6 +55,10 @@ class Body:
     def dims(self, *sizes: Value) -> Value:
         return self.Concat(*sizes, axis=0)
 
+    def sized(self, value: Value, shape: Value) -> Value:
+        """Reshape to sizes that are computed. A 0 among them is a size: TensorRT warns where it might mean "keep"."""
+        return self.Reshape(value, shape, allowzero=1)
+
     def zeros(self, shape: Value, value: float = 0.0) -> Value:
         return self.ConstantOfShape(shape, value=helper.make_tensor("value", TensorProto.FLOAT, [1], [value]))
 
@@ -141,21 +145,23 @@ def selective(body: Body, u: Value, delta: Value, A: Value, Bm: Value, C: Value)
     B, L, G, N = (body.dim(Bm, axis) for axis in range(4))
     R = body.Div(body.dim(u, 2), G)
     by_group = body.dims(B, L, G, R)
-    A = body.Reshape(A, body.dims(G, R, N))
+    A = body.sized(A, body.dims(G, R, N))
     start = body.zeros(body.dims(B, G, R, N))
-    delta, inflow = body.Reshape(delta, by_group), body.Reshape(body.Mul(delta, u), by_group)
+    delta, inflow = body.sized(delta, by_group), body.sized(body.Mul(delta, u), by_group)
 
     def token(body: Body, h: Value, delta: Value, inflow: Value, B: Value, C: Value) -> tuple[Value, Value]:
-        column, row = body.ints(3), body.ints(2)
+        column = body.ints(3)
         a = body.Exp(body.Mul(body.Unsqueeze(delta, column), A))  # [B,G,R,N]
-        added = body.Mul(body.Unsqueeze(inflow, column), body.Unsqueeze(B, row))  # [B,G,R,N]
+        added = body.Mul(body.Unsqueeze(inflow, column), B)  # [B,G,R,N]
         h = body.Add(body.Mul(a, h), added)
-        return h, body.ReduceSum(body.Mul(h, body.Unsqueeze(C, row)), column, keepdims=0)  # [B,G,R]
+        return h, body.ReduceSum(body.Mul(h, C), column, keepdims=0)  # [B,G,R]
 
     # The tokens in front by Transpose nodes: with Scan's own axes ONNX Runtime 1.31 crashes on a batch of 0.
-    by_token = [body.Transpose(v, perm=[1, 0, 2, 3]) for v in (delta, inflow, Bm, C)]
-    y = body.scan(start, by_token, (4, 3, 3, 3, 3, 3), token)  # [L,B,G,R]
-    return body.Reshape(body.Transpose(y, perm=[1, 0, 2, 3]), body.Shape(u))
+    delta, inflow, Bm, C = (body.Transpose(v, perm=[1, 0, 2, 3]) for v in (delta, inflow, Bm, C))
+    # B and C become [L,B,G,1,N] out here: cast before the loop and unsqueezed in it, TensorRT cannot build them.
+    Bm, C = (body.Unsqueeze(v, body.ints(3)) for v in (Bm, C))
+    y = body.scan(start, [delta, inflow, Bm, C], (4, 3, 3, 4, 4, 3), token)  # [L,B,G,R]
+    return body.sized(body.Transpose(y, perm=[1, 0, 2, 3]), body.Shape(u))
 
 
 def ssd(body: Body, x: Value, dt: Value, A: Value, Bm: Value, C: Value, chunk_size: int) -> Value:
@@ -169,7 +175,7 @@ def ssd(body: Body, x: Value, dt: Value, A: Value, Bm: Value, C: Value, chunk_si
     def chunks(v: Value, perm: Sequence[int], *sizes: Value) -> Value:
         """[B,L,...] -> [B,c,Q,sizes], permuted; the spare tokens are zero."""
         padded = body.Pad(v, body.dims(body.ints(0), spare), body.number(0.0), body.ints(1))
-        return body.Transpose(body.Reshape(padded, body.dims(B, c, Q, *sizes)), perm=perm)
+        return body.Transpose(body.sized(padded, body.dims(B, c, Q, *sizes)), perm=perm)
 
     x_c = chunks(body.Mul(x, body.Unsqueeze(dt, body.ints(-1))), (1, 0, 3, 4, 2, 5), G, R, P)  # [c,B,G,R,Q,P]
     l_c = chunks(body.Mul(dt, A), (1, 0, 3, 4, 2), G, R)  # [c,B,G,R,Q], log decays
@@ -201,7 +207,7 @@ def ssd(body: Body, x: Value, dt: Value, A: Value, Bm: Value, C: Value, chunk_si
         body.zeros(body.dims(B, G, R, N, P)), [x_c, l_c, B_c, C_c], (5, 5, 4, 4, 4, 5), chunk
     )  # [c,B,G,R,Q,P]
     y = body.Transpose(y, perm=[1, 0, 4, 2, 3, 5])  # [B,c,Q,G,R,P]
-    y = body.Reshape(y, body.dims(B, body.Mul(c, Q), H, P))
+    y = body.sized(y, body.dims(B, body.Mul(c, Q), H, P))
     return body.Slice(y, body.ints(0), L, body.ints(1))
 
 

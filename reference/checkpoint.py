@@ -105,14 +105,16 @@ def fit_tensors(found: Mapping[str, Tensor], model: nn.Module, path: str | Path)
     fitted: dict[str, Tensor] = {}
     for name, given_name in fit_names(facts, model, path).items():
         tensor = found[given_name]
-        if tensor.layout != torch.strided or tensor.is_meta:
-            raise InputError(
-                f"tensor '{given_name}' of '{path}' is {tensor.layout} on {tensor.device}, expected plain values"
-            )
+        check_plain(given_name, tensor, path)
         if name == "backbone.position":
             tensor = position_for(tensor, model.state_dict()[name].shape)
         fitted[name] = tensor.float()
     return fitted
+
+
+def check_plain(name: str, tensor: Tensor, path: str | Path) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise InputError(f"tensor '{name}' of '{path}' is {tensor.layout} on {tensor.device}, expected plain values")
 
 
 def fit_names(found: Mapping[str, tuple[tuple[int, ...], str]], model: nn.Module, path: str | Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -22,7 +23,7 @@ from mdm.tools.options import FILE, json_option, print_json
 @click.option("--fp32-layers", multiple=True, help="Keep float32 where the module path fits: 'backbone.blocks.48.*'.")
 @click.option("--tokenizer", type=FILE, help="SentencePiece model. Default: CHECKPOINT's .tokenizer.model.")
 @click.option("--autoencoder", type=FILE, help="Image autoencoder of a latent DiM (AutoencoderKL).")
-@click.option("--latent-scale", default=0.18215, show_default=True, help="Scale factor of that autoencoder's latents.")
+@click.option("--latent-scale", type=float, help="Scale factor of that autoencoder's latents. Default: 0.18215.")
 @click.option("--no-validate", is_flag=True, help="Do not run the model: no validation, no golden outputs.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @json_option
@@ -37,7 +38,7 @@ def command(
     fp32_layers: tuple[str, ...],
     tokenizer: Path | None,
     autoencoder: Path | None,
-    latent_scale: float,
+    latent_scale: float | None,
     no_validate: bool,
     force: bool,
     as_json: bool,
@@ -72,11 +73,11 @@ def command(
     click.echo(f"{out}: {len(manifest['graphs'])} graphs, {size / 1e6:.1f} MB, {said_of(manifest['validation'])}")
 
 
-def said_of(validation: dict[str, object]) -> str:
+def said_of(validation: dict[str, Any]) -> str:
     """The outcome of validation in a few words."""
     graphs = validation.get("graphs")
-    if validation["state"] != "passed" or not isinstance(graphs, dict):
+    if validation["state"] != "passed" or not graphs:
         return f"not validated ({validation.get('reason', 'no reason given')})"
     name, worst = max(graphs.items(), key=lambda item: item[1]["error"])
-    limit = validation["limit"]
-    return f"validated: off by at most {worst['error']:.1e} of the largest value, in {name} (limit {limit:g})"
+    limit = validation.get("limit", "not told")
+    return f"validated: off by at most {worst['error']:.1e} of the largest value, in {name} (limit {limit})"

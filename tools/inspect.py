@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mdm.tools.options import FILE, json_option, print_json
 
@@ -35,7 +36,12 @@ def command(bundle: Path, verify: bool, as_json: bool) -> None:
     if verify:
         console.print(f"all {len(opened.manifest['files'])} files are the ones the manifest signs")
     if extra := opened.extra_files():
-        console.print(f"not in the manifest, and never read: {', '.join(extra)}")
+        console.print(shown(f"not in the manifest, and never read: {', '.join(extra)}"))
+
+
+def shown(text: object) -> Text:
+    """A stranger's text: no markup in it works, and nothing in it steers the terminal."""
+    return Text("".join(c if c.isprintable() else "?" for c in str(text)))
 
 
 def plain_table(*columns: str, title: str) -> Table:
@@ -45,8 +51,8 @@ def plain_table(*columns: str, title: str) -> Table:
 def facts(manifest: dict[str, Any]) -> Table:
     from mdm.tools.export import said_of
 
-    table = Table(title=manifest["name"], title_justify="left", box=None, pad_edge=False, show_header=False)
-    config, source = manifest["config"], manifest["provenance"]["checkpoint"]
+    table = Table(title=shown(manifest["name"]), title_justify="left", box=None, pad_edge=False, show_header=False)
+    config, source = defaultdict(lambda: "?", manifest["config"]), manifest["provenance"]["checkpoint"]
     sizes = {path: file["size"] for path, file in manifest["files"].items()}
     weights = {path: size for path, size in sizes.items() if path.endswith(".safetensors") and "/" not in path}
     sampler = ", ".join(f"{key} {value}" for key, value in manifest["sampler"].items())
@@ -65,14 +71,14 @@ def facts(manifest: dict[str, Any]) -> Table:
         "golden": f"{len(manifest['golden'])} files" if manifest["golden"] else "none",
     }
     for name, value in rows.items():
-        table.add_row(name, escape(str(value)))
+        table.add_row(name, shown(value))
     return table
 
 
 def tasks(manifest: dict[str, Any]) -> Table:
     table = plain_table("task", "text", "picture", "guidance drops", "graph", title="\nTasks")
     for name, task in manifest["tasks"].items():
-        table.add_row(name, task["text"] or "-", task["image"] or "-", task["drops"] or "-", task["graph"])
+        table.add_row(shown(name), task["text"] or "-", task["image"] or "-", task["drops"] or "-", task["graph"])
     return table
 
 
@@ -82,8 +88,8 @@ def graphs(manifest: dict[str, Any]) -> Table:
         operators = graph["operators"]
         shapes = "  ".join(f"{i['name']}[{','.join(map(str, i['shape']))}]" for i in graph["inputs"])
         table.add_row(
-            name, str(graph["nodes"]), str(operators.get("MatMul", 0)),
+            shown(name), str(graph["nodes"]), str(operators.get("MatMul", 0)),
             str(sum(operators.get(scan, 0) for scan in SCANS)),
-            f"{manifest['files'][graph['file']]['size'] / 1e3:.0f}", escape(shapes),
+            f"{manifest['files'][graph['file']]['size'] / 1e3:.0f}", shown(shapes),
         )  # fmt: skip
     return table
