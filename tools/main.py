@@ -35,7 +35,6 @@ VERBS: Mapping[str, tuple[str, str]] = {
 EXTRA_OF_MODULE = {
     "torch": "export",
     "onnx": "export",
-    "onnxscript": "export",
     "onnxruntime": "cpu",
     "tensorrt": "tensorrt",
     "polygraphy": "tensorrt",
