@@ -82,7 +82,8 @@ def test_mdm_commands_run(folder_of_pictures: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(RECIPES, "small.json", quick)
     (folder_of_pictures / "small.json").write_text(json.dumps(SMALL_DIM | {"in_channels": 3, "classes": 10}))
     write_stand_ins(folder_of_pictures)
-    small = {"dim-small": "small.json", "dim-huge-256": "latent.json", "dim-huge-512": "latent.json", " 96": " 12"}
+    small = {"dim-small": "small.json", "dim-huge-256": "latent.json", "dim-huge-512": "latent.json"}
+    small |= {" 96": " 12", ".48.": ".2."}
     for command in COMMANDS:
         if command.startswith("mdm "):
             words = shlex.split(functools.reduce(lambda text, pair: text.replace(*pair), small.items(), command))[1:]
