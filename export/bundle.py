@@ -26,7 +26,6 @@ from mdm.export.golden import write_cases, write_runs, write_tables
 from mdm.export.graphs import Built, External, Plan, check_sizes, plan_graphs
 from mdm.export.manifest import facts_of, graph_entry
 from mdm.export.precision import Precision, make_precision
-from mdm.export.validate import Validation
 from mdm.export.weights import WEIGHTS, Checkpoint, Weights
 from mdm.plugins.errors import EnvironmentLackError, InputError
 from mdm.reference.autoencoder import load_autoencoder
@@ -40,7 +39,7 @@ BF16_OPSET = 22  # the first with a bfloat16 Conv
 TOKENIZER = "tokenizer.model"
 SD_SCALE = 0.18215  # what Stable Diffusion's autoencoder, and DiM's with it, scales its latents by
 
-NO_PLACE = (errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EFBIG)
+NO_PLACE = (errno.ENOENT, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EFBIG)
 
 Report = Callable[[str, float | None], None]  # phase; seconds it took, None when it begins
 
@@ -64,15 +63,13 @@ class Export:
         """Weights and graphs -> the checkpoint's hash, and the graphs."""
         weights = Weights(self.plan.checkpoint, self.plan.precision.activations)
         with ThreadPoolExecutor(1) as pool:
-            source = self.plan.checkpoint.path
-            with self.phase("copy weights"):
-                if weights.verbatim:
-                    weights.copy(self.folder)
-                    source = self.folder / WEIGHTS
-            # 16 GB take half a minute to hash, and hashing lets go of Python's lock.
-            sha256 = pool.submit(sha256_of, source)
             with self.phase("build graphs"):
                 built = self.plan.build(weights)
+            with self.phase("copy weights"):
+                weights.copy(self.folder)
+            source = self.folder / WEIGHTS if weights.verbatim else self.plan.checkpoint.path
+            # 16 GB take half a minute to hash, and hashing lets go of Python's lock.
+            sha256 = pool.submit(sha256_of, source)
             with self.phase("derive weights"):
                 self.check_space(weights.derived_bytes)
                 weights.write_derived(self.folder)
@@ -100,6 +97,8 @@ class Export:
 
     def prove(self, built: Sequence[Built]) -> tuple[dict[str, Any], dict[str, str]]:
         """Validate what was written and write the golden files -> the manifest's record, and what is golden."""
+        from mdm.export.validate import Validation  # needs onnxruntime, which an export without proof does not
+
         validation = Validation(self.folder, self.plan, built)
         with self.phase("check graphs"):
             validation.check_files()
@@ -113,7 +112,7 @@ class Export:
             golden = write_cases(folder, self.plan, validation.truth)
             golden |= write_runs(folder, self.plan, validation.truth)
         with self.phase("validate runs"):
-            record["runs"] = validation.runs(golden)
+            record |= validation.runs(golden)
         return record, golden
 
     def check_space(self, wanted: int) -> None:
@@ -157,7 +156,7 @@ def export_bundle(
         sha256, built = job.write()
         if pieces is not None:
             shutil.copyfile(pieces, folder / TOKENIZER)
-        write_tables(folder / "sampler", plan.config)
+        write_tables(folder / "sampler", plan.config, plan.specs)
         record, golden = job.prove(built) if validate else ({"state": "skipped", "reason": "--no-validate"}, {})
         with job.phase("sign"):
             manifest = {
@@ -210,7 +209,7 @@ def make_plan(
     upsample: Sequence[int],
     external: External | None,
 ) -> Plan:
-    """Everything that can be wrong with what was asked, before a byte is written."""
+    """Checks what was asked, before a byte is written."""
     opset = checked_opset(opset, precision)
     sizes = list(dict.fromkeys([config.image_size, *image_sizes]))
     check_sizes(config, sizes, upsample)
@@ -242,7 +241,7 @@ def check_target(out: Path, force: bool) -> None:
     if out.is_symlink() or not looks_like_a_bundle(out):
         raise InputError(f"'{out}' exists and is not a bundle\nname another target; it is not overwritten")
     if not force:
-        raise InputError(f"bundle '{out}' exists\nto replace it, say --force")
+        raise InputError(f"bundle '{out}' exists\nto replace it, say --force (in Python: force=True)")
 
 
 def looks_like_a_bundle(folder: Path) -> bool:

@@ -1,7 +1,8 @@
 """What goes into a bundle so that it can be checked, and driven, where no PyTorch is.
 
     golden/<graph>.safetensors       inputs `in.<name>` and the model's answers `out.<name>`, float32
-    golden/task_<task>.safetensors   one whole run: start, conditioning, table, and the latents at every evaluation
+    golden/task_<task>.safetensors   one whole run: start, conditioning, its own table (`in.rows`, 40 steps at most,
+                                     4 for large models), and the latents at every evaluation and at the end
     sampler/<task>.json              the table of the default sampler, for hosts in any language
 
 Letters: B batch, S evaluations, L latent tokens, T text tokens, d latent width.
@@ -10,7 +11,7 @@ Letters: B batch, S evaluations, L latent tokens, T text tokens, d latent width.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from mdm.export.cases import Arrays, Truth, points_of
-from mdm.export.graphs import Plan
+from mdm.export.graphs import GraphSpec, Plan
+from mdm.export.truth import Arrays, Truth, points_of
 from mdm.reference.config import Config
 from mdm.reference.dim import DiM
 from mdm.reference.generate import Estimator, schedule_of
@@ -34,7 +35,9 @@ from mdm.runtime.schedule import make_schedule
 from mdm.runtime.solver import ROW, STOCHASTIC, sampler_of, solver_table
 
 LARGE = 100_000_000  # parameters; beyond it a run has FEW steps, and one sample
-FEW, MOST = 4, 20
+FEW, MOST = 4, 40
+# What DiM samples upsample guidance with; beyond the config's own sampler.
+UPSAMPLE_SAMPLER = {"solver": "dpm_3s", "guidance": 3.0}
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,28 @@ def default_run(config: Config, task: str, steps: int | None = None) -> Run:
     return Run(task, set_of(makes), sampler, rows)
 
 
-def write_tables(folder: Path, config: Config) -> None:
+def write_tables(folder: Path, config: Config, specs: Sequence[GraphSpec] = ()) -> None:
     """sampler/<task>.json: columns and rows, a list of numbers for each modality of each evaluation."""
     folder.mkdir()
     for task in tasks_of(config):
         run = default_run(config, task)
         modalities = {"image": ["image"], "text": ["text"]}.get(run.set, ["text", "image"])
-        content = {"task": task, "graph": run.graph, "modalities": modalities, "sampler": run.sampler,
-                   "columns": list(ROW), "rows": run.rows.tolist()}  # fmt: skip
-        (folder / f"{task}.json").write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n")
+        _write_table(folder / f"{task}.json", task=task, graph=run.graph, modalities=modalities, sampler=run.sampler,
+                     rows=run.rows)  # fmt: skip
+    for spec in specs:
+        if spec.upsample and spec.guided:
+            sampler = sampler_of({"sampler": dict(config.sampler) | UPSAMPLE_SAMPLER})
+            settings = {key: value for key, value in sampler.items() if key != "guidance"}
+            schedule = make_schedule(config.schedule_image)
+            rows = solver_table([schedule], upsample={"factor": spec.upsample}, **settings)
+            plain = spec.name.removesuffix(f"_upsample{spec.upsample}")  # for the rows whose w is 0
+            _write_table(folder / f"{spec.name.removeprefix('step_')}.json", task="class_to_image", graph=spec.name,
+                         plain_graph=plain, modalities=["image"], sampler=sampler, rows=rows)  # fmt: skip
+
+
+def _write_table(path: Path, rows: np.ndarray, **facts: Any) -> None:
+    content = {**facts, "columns": list(ROW), "rows": rows.tolist()}
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def write_cases(folder: Path, plan: Plan, truth: Truth) -> dict[str, str]:

@@ -201,7 +201,7 @@ class Graph:
         return Value(self, name, dtype)
 
     def weight(self, name: str, dtype: str, rows: tuple[int, int] | None = None) -> Value:
-        """A tensor of the checkpoint below this path, as such; `rows`: only that part of its longest leading axis."""
+        """A tensor of the checkpoint below this path, as such; `rows`: only these of its first axis that is not 1."""
         return self.stored_value(self.weights.parameter(".".join([*self._path, name]), dtype, rows))
 
     def stored_value(self, stored: Stored) -> Value:

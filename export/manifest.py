@@ -9,9 +9,10 @@ from typing import Any
 
 from onnx import ValueInfoProto
 
-from mdm.export.golden import set_of, tasks_of
+from mdm.export.golden import default_run, set_of, tasks_of
 from mdm.export.graph import ONNX_TYPES
 from mdm.export.graphs import Built, Plan
+from mdm.reference.tokenizer import PAD
 from mdm.runtime.bundle import SCHEMA
 from mdm.runtime.solver import ROW, sampler_of
 
@@ -62,7 +63,9 @@ def facts_of(plan: Plan, sha256: str, tokenizer: str | None) -> dict[str, Any]:
     factor = external.model.shape.factor if external else 1
     text = None
     if config.family == "mdm":
-        text = {"lengths": list(config.text_lengths), "vocabulary": config.vocabulary, "tokenizer": tokenizer}
+        text = {
+            "lengths": list(config.text_lengths), "vocabulary": config.vocabulary, "tokenizer": tokenizer, "pad": PAD,
+        }  # fmt: skip
     specs = {"image": config.schedule_image, "text": config.schedule_text}
     return {
         "schema": SCHEMA,
@@ -72,9 +75,17 @@ def facts_of(plan: Plan, sha256: str, tokenizer: str | None) -> dict[str, Any]:
         "opset": plan.opset,
         "parameters": plan.parameters,
         "tasks": {
-            name: {"text": task.text, "image": task.image, "drops": task.drops, "graph": set_of(task)}
+            name: {
+                "text": task.text,
+                "image": task.image,
+                "drops": task.drops,
+                "set": set_of(task),
+                "step": default_run(config, name, 1).graph,
+                "table": f"sampler/{name}.json",
+            }
             for name, task in tasks.items()
         },
+        "null_class": config.classes,
         "row": list(ROW),
         "schedules": {modality: dict(spec) for modality, spec in specs.items() if spec},
         "sampler": sampler_of(fields),

@@ -34,16 +34,16 @@ class Orders:
         return self.g.op("Gather", x, self._transitions[start, to], name="reorder", axis=1)
 
     def _transition(self, start: int, to: int) -> Value:
-        """Where each token of order `to` stands in order `start`. The reverses are their own inverses."""
-        index = self._count
-        if (start % 2 == 0) != (to % 2 == 0) and (start > 2) == (to > 2):
-            index = self._reversed(index)
-        elif (start > 2) != (to > 2):
-            if to % 2 == 0:
+        """Where each token of order `to` stands in order `start`: from `to` back to canonical, and on to `start`."""
+        backwards, by_column = (start % 2 == 0, to % 2 == 0), (start > 2, to > 2)
+        index = self._identity
+        if by_column[0] == by_column[1]:
+            if backwards[0] != backwards[1]:  # twice backwards is forwards
                 index = self._reversed(index)
-            index = self._columns[index] if to > 2 else self._rows[index]
-            if start % 2 == 0:
-                index = self._reversed(index)
+        else:
+            index = self._reversed(index) if backwards[1] else index
+            index = self._columns[index] if by_column[1] else self._rows[index]
+            index = self._reversed(index) if backwards[0] else index
         index = index + self.prefix
         front = np.arange(self.prefix)
         if isinstance(index, Value):
@@ -62,7 +62,7 @@ class Orders:
         return self.text + (cells + 1 if cells else 0)
 
     @cached_property
-    def _count(self) -> Index:
+    def _identity(self) -> Index:
         if self.text is None:
             return np.arange(self._length)
         return self._range(self._length)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from mdm.export.backbone import Segments
 from mdm.export.graph import Graph, Value
 from mdm.export.networks import Conditioning, dim_estimate, mdm_estimate
 from mdm.reference.config import Config
-from mdm.runtime.solver import ROW
+from mdm.runtime.solver import PARTS, ROW
 
 Columns = dict[str, Value]
 SLOTS = 3  # of the history
@@ -165,14 +167,12 @@ class Step:
             m = c["p"] * self.point + c["q"] * eps
             old = [g.op("Gather", self.history, g.constant(k, "int64"), axis=1) for k in range(SLOTS)]
             new = [c[f"slot{k}"] * m + (1.0 - c[f"slot{k}"]) * old[k] for k in range(SLOTS)]
-            parts = {"base": self.base, **{f"h{k}": h for k, h in enumerate(new)}, "noise": self.noise}
+            parts = dict(zip(PARTS, (self.base, *new, self.noise), strict=True))
             x0 = (self.point - c["sigma"] * eps) / c["alpha"]
             moved = {}
             for kind, old_value in (("base", self.base), ("point", self.point)):
-                total = c[f"{kind}_base"] * self.base
-                for name in list(parts)[1:]:
-                    total = total + c[f"{kind}_{name}"] * parts[name]
-                moved[kind] = self.keep(given, old_value, total)
+                terms = [c[f"{kind}_{name}"] * value for name, value in parts.items()]
+                moved[kind] = self.keep(given, old_value, reduce(add, terms))
             history = g.concat(1, *(g.unsqueeze(h, 1) for h in new))
         g.output("base_next", moved["base"], self.latent)
         g.output("point_next", moved["point"], self.latent)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,9 +18,9 @@ import onnx
 import onnxruntime
 from safetensors.numpy import load_file
 
-from mdm.export.cases import Arrays, Point, Truth, points_of
 from mdm.export.golden import default_run
 from mdm.export.graphs import Built, GraphSpec, Plan
+from mdm.export.truth import Arrays, Point, Truth, points_of
 from mdm.export.twin import write_twin
 from mdm.export.weights import Weights
 from mdm.plugins import register
@@ -40,7 +40,6 @@ class Measured:
     """The worst of a graph's outputs at one point."""
 
     graph: str
-    point: Point
     output: str
     error: float
 
@@ -78,7 +77,7 @@ def measure(
 
 def compare(spec: GraphSpec, point: Point, found: Arrays, expected: Arrays, choices: Arrays, limit: float) -> Measured:
     """`choices`: what the graph should have chosen, by the numbers it found."""
-    worst = Measured(spec.name, point, "", -1.0)
+    worst = Measured(spec.name, "", -1.0)
     for name, truth in expected.items():
         if not np.isfinite(truth).all():
             raise InputError(
@@ -98,7 +97,7 @@ def compare(spec: GraphSpec, point: Point, found: Arrays, expected: Arrays, choi
                 f"differs by {error:.2g} of its largest value, expected at most {limit:g}\n"
                 "the bundle was not written; please report this"
             )
-        worst = max(worst, Measured(spec.name, point, name, error), key=lambda m: m.error)
+        worst = max(worst, Measured(spec.name, name, error), key=lambda m: m.error)
     return worst
 
 
@@ -116,7 +115,11 @@ class Validation:
 
     def run(self) -> dict[str, Any]:
         """The manifest's record of what was compared."""
-        record: dict[str, Any] = {"state": "passed", "limit": LIMITS[self.plan.precision.name]}
+        record: dict[str, Any] = {
+            "state": "passed",
+            "by": "ONNX Runtime's CPU" + (", a float32 twin" if self.plan.precision.name == "bf16" else ""),
+            "limit": LIMITS[self.plan.precision.name],
+        }
         if 4 * self.plan.parameters <= CUT_ABOVE:
             return record | {"model": "whole", "graphs": self.measured(self.folder, self.built, self.truth, 3)}
         cut = self.plan.cut()
@@ -150,16 +153,16 @@ class Validation:
         return graphs
 
     def runs(self, golden: Mapping[str, str]) -> dict[str, Any]:
-        """Each task's golden run again, by the step graph alone -> task: error at its end."""
+        """Each task's golden run again, by the step graph alone -> the record's "runs", task: error at its end."""
         if self.plan.precision.name == "bf16":
-            return {"skipped": "ONNX Runtime's CPU has no bfloat16"}
+            return {"runs": {"skipped": "ONNX Runtime's CPU has no bfloat16"}}
         record, limit = {}, RUN_LIMITS[self.plan.precision.name]
         for name, file in golden.items():
             if not name.startswith("task_"):
                 continue
             task = name.removeprefix("task_")
             arrays = load_file(self.folder / file)
-            _, end = run_table(self.folder / f"{default_run(self.plan.config, task).graph}.onnx", arrays)
+            end = run_step_graph(self.folder / f"{default_run(self.plan.config, task).graph}.onnx", arrays)
             error = relative_error(end, arrays["out.z"])
             if not error <= limit:
                 raise ParityError(
@@ -167,13 +170,12 @@ class Validation:
                     f"found a difference of {error:.2g} of the largest value, expected at most {limit:g}"
                 )
             record[task] = float(f"{error:.2g}")
-        return record
+        return {"runs": record, "run_limit": limit}
 
 
 def write_part(plan: Plan, folder: Path) -> list[Built]:
-    """The graphs of a part of the model, with its weights alone instead of another copy of all."""
-    weights = Weights(plan.checkpoint, plan.precision.activations)
-    weights.verbatim = False
+    """The graphs of a part of the model."""
+    weights = Weights(plan.checkpoint, plan.precision.activations, part=True)
     built = plan.build(weights)
     weights.write_derived(folder)
     for one in built:
@@ -184,15 +186,13 @@ def write_part(plan: Plan, folder: Path) -> list[Built]:
 
 def rounded_truth(truth: Truth, built: Sequence[Built]) -> Truth:
     """The same model with those weights rounded that the graphs hold in bfloat16."""
-    rounded = copy(truth.checkpoint)
     half = {stored.key for one in built for stored in one.stored.values() if stored.dtype == "bfloat16"}
-    rounded.rounded = frozenset(half)
     external = deepcopy(truth.external)
     if external is not None:
         for name, parameter in external.model.named_parameters():
             if f"autoencoder.{name}" in half:
                 parameter.data = parameter.data.bfloat16().float()
-    return Truth(rounded, truth.config, external)
+    return Truth(truth.checkpoint.with_rounded(half), truth.config, external)
 
 
 def available_memory() -> int:
@@ -209,8 +209,8 @@ def relative_error(found: np.ndarray, truth: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - truth).max() / max(float(np.abs(truth).max()), 1e-30))
 
 
-def run_table(path: Path, golden: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    """A whole run by a step graph, from a golden file's inputs -> the points of all evaluations, and the end."""
+def run_step_graph(path: Path, golden: Arrays) -> np.ndarray:
+    """A whole run by a step graph, from a golden file's inputs -> the latents at its end."""
     run = session(path)
     names = [spec.name for spec in run.get_inputs()]
     given = {name.removeprefix("in."): array for name, array in golden.items() if name.startswith("in.")}
@@ -219,13 +219,11 @@ def run_table(path: Path, golden: Arrays) -> tuple[np.ndarray, np.ndarray]:
     state = {"point": z, "history": np.zeros((z.shape[0], 3, *z.shape[1:]), np.float32), **given}
     if "mask" in names:
         state |= {"mask": np.ones(z.shape[:2], np.float32), "x0_before": np.zeros_like(z)}
-    points = []
     for row, drawn in zip(rows, noise, strict=True):
-        points.append(state["point"])
         state |= {"row": np.repeat(row[None], len(z), axis=0), "noise": drawn}
         outputs = dict(
             zip([o.name for o in run.get_outputs()], run.run(None, {n: state[n] for n in names}), strict=True)
         )
         state |= {name.removesuffix("_next"): array for name, array in outputs.items() if name.endswith("_next")}
         state["x0_before"] = outputs["x0"]
-    return np.stack(points), state["base"]
+    return state["base"]

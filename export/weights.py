@@ -10,7 +10,7 @@ The names of tensors are those of the PyTorch model, whatever they are called in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +75,7 @@ class Checkpoint:
         self.expected = shapes_of(model)
         self._entries: dict[str, Entry] = {}
         self._tensors: dict[str, Tensor] = {}
-        self.rounded: frozenset[str] = frozenset()  # tensors to be read as bfloat16 would have them
+        self.rounded: frozenset[str] = frozenset()
         if path.suffix == ".safetensors":
             self.format = "safetensors"
             if not path.is_file():
@@ -111,13 +111,12 @@ class Checkpoint:
         """The type that most of the numbers have."""
         return max(sorted({kind for _, kind in self.found.values()}), key=self.share_of)
 
-    def model(self, config: Config) -> DiM | MDM:
-        """The PyTorch model with these weights, in float32, at the picture size of that config."""
-        model = empty_model(config)
-        shape = model.state_dict()[POSITION].shape
-        tensors = {name: self.read(name).float() for name in self.expected}
-        model.load_state_dict(tensors | {POSITION: position_for(tensors[POSITION], shape)}, assign=True)
-        return model.eval().requires_grad_(False)
+    def position(self, sides: Sequence[int]) -> Tensor:
+        """The learned positions, resized to grids of these sides one after the other. float32 [1,2+side*side,E]"""
+        position = self.read(POSITION).float()
+        for side in sides:
+            position = position_for(position, torch.Size((1, 2 + side * side, position.shape[2])))
+        return position
 
     def cut(self, config: Config) -> Checkpoint:
         """The same file as a model of `CUT_BLOCKS` blocks: the first ones and the last."""
@@ -127,6 +126,12 @@ class Checkpoint:
         whole = {name: name.replace(last, f"backbone.blocks.{config.blocks - 1}.") for name in other.expected}
         other.file_name = {name: self.file_name[whole[name]] for name in other.expected}
         other.found = {name: self.found[whole[name]] for name in other.expected}
+        return other
+
+    def with_rounded(self, names: Collection[str]) -> Checkpoint:
+        """The same with these tensors read as bfloat16 would have them."""
+        other = copy(self)
+        other.rounded = frozenset(names)
         return other
 
     def share_of(self, dtype: str) -> float:
@@ -152,9 +157,10 @@ def shapes_of(model: DiM | MDM) -> dict[str, tuple[int, ...]]:
 class Weights:
     """What graphs ask for, and afterwards the two files."""
 
-    def __init__(self, checkpoint: Checkpoint, activations: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, activations: str, part: bool = False) -> None:
+        """`part`: of a part of the checkpoint, whose weights alone are written instead of another copy of all."""
         self.checkpoint = checkpoint
-        self.verbatim = checkpoint.format == "safetensors" and checkpoint.share_of(activations) > 0.5
+        self.verbatim = not part and checkpoint.format == "safetensors" and checkpoint.share_of(activations) > 0.5
         self.derived: dict[str, Derived] = {}
         self._offsets: dict[str, int] = {}
 
@@ -184,14 +190,8 @@ class Weights:
         if all(shape[1] == 2 + n * n for n in sides):
             return self.parameter(name, "float32")
 
-        def make() -> Tensor:
-            position = self.checkpoint.read(name).float()
-            for n in sides:
-                position = position_for(position, torch.Size((1, 2 + n * n, shape[2])))
-            return position
-
         key = ".".join([name, *(f"{n}x{n}" for n in sides)])
-        return self.derive(key, (1, 2 + side * side, shape[2]), "float32", make)
+        return self.derive(key, (1, 2 + side * side, shape[2]), "float32", lambda: self.checkpoint.position(sides))
 
     @property
     def derived_bytes(self) -> int:

@@ -108,6 +108,9 @@ def open_bundle(path: str | Path) -> Bundle:
             raise InputError(f"{what}: {user} is {told(name)}, which is not one of its files")
     for name, graph in manifest["graphs"].items():
         _check_graph(name, graph, what)
+    for name, task in manifest["tasks"].items():
+        if task["step"] not in manifest["graphs"]:
+            raise InputError(f"{what}: the step graph of task '{name}' is {told(task['step'])}, which is not there")
     for name in manifest["files"]:
         if name.endswith(".safetensors"):
             read_header(root / name)
@@ -207,6 +210,8 @@ def _named_files(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"the file of graph '{name}'", graph["file"]
         for weights in graph["weights"]:
             yield f"a weights file of graph '{name}'", weights
+    for name, task in manifest["tasks"].items():
+        yield f"the table of task '{name}'", task["table"]
     for name, file in manifest["golden"].items():
         yield f"golden {told(name)}", file
     if manifest["text"] and manifest["text"]["tokenizer"] is not None:

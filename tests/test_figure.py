@@ -17,7 +17,7 @@ def test_nan(figure): figure("not a number", float("nan"), 1.0)
 
 def test_figures_are_held_to_their_limit_and_printed(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
-    (tmp_path / "test_cases.py").write_text(CASES)
+    (tmp_path / "test_truth.py").write_text(CASES)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1

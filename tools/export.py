@@ -15,11 +15,19 @@ from mdm.tools.options import FILE, json_option, print_json
 @click.command("export")
 @click.argument("checkpoint", type=FILE)
 @click.option("-o", "--out", type=FILE, required=True, help="Folder of the bundle.")
-@click.option("--config", required=True, help="A preset's name, or a JSON file with a config.")
+@click.option("--config", required=True, help="A preset (dim-huge-256, mdm-tiny, ...) or a JSON file with a config.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32, fp16 or bf16.")
 @click.option("--opset", type=int, help="ONNX opset, 20 to 25. Default: 20, for bf16 22.")
-@click.option("--image-size", "image_sizes", type=int, multiple=True, help="Graphs for this picture size too.")
-@click.option("--upsample", type=int, multiple=True, help="Upsample guidance by this factor (DiM).")
+@click.option(
+    "--image-size",
+    "image_sizes",
+    type=int,
+    multiple=True,
+    help="Graphs for this size too, in the unit of the config's image_size: pixels, or latents.",
+)
+@click.option(
+    "--upsample", type=int, multiple=True, help="Graphs at this many times image_size, with upsample guidance (DiM)."
+)
 @click.option("--fp32-layers", multiple=True, help="Keep float32 where the module path fits: 'backbone.blocks.48.*'.")
 @click.option("--tokenizer", type=FILE, help="SentencePiece model. Default: CHECKPOINT's .tokenizer.model.")
 @click.option("--autoencoder", type=FILE, help="Image autoencoder of a latent DiM (AutoencoderKL).")
@@ -80,4 +88,5 @@ def said_of(validation: dict[str, Any]) -> str:
         return f"not validated ({validation.get('reason', 'no reason given')})"
     name, worst = max(graphs.items(), key=lambda item: item[1]["error"])
     limit = validation.get("limit", "not told")
-    return f"validated: off by at most {worst['error']:.1e} of the largest value, in {name} (limit {limit})"
+    by = validation.get("by", "a runtime that is not told")
+    return f"validated by {by}: off by at most {worst['error']:.1e} of the largest value, in {name} (limit {limit})"

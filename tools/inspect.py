@@ -61,7 +61,9 @@ def facts(manifest: dict[str, Any]) -> Table:
         f"{manifest['parameters'] / 1e6:.1f}M parameters",
         "precision": f"{manifest['precision']}, opset {manifest['opset']}",
         "size": f"{sum(sizes.values()) / 1e6:.1f} MB; "
-        + ", ".join(f"{path} {size / 1e6:.1f} MB" for path, size in weights.items()),
+        + ", ".join(
+            f"{path} {size / 1e6:.1f} MB" if size > 1e5 else f"{path} {size} bytes" for path, size in weights.items()
+        ),
         "sampler": sampler,
         "checkpoint": f"{source['file']}, {source['dtype']}, sha256 {source['sha256'][:16]}..",
         "made": manifest["created"]
@@ -76,14 +78,26 @@ def facts(manifest: dict[str, Any]) -> Table:
 
 
 def tasks(manifest: dict[str, Any]) -> Table:
-    table = plain_table("task", "text", "picture", "guidance drops", "graph", title="\nTasks")
+    table = plain_table(
+        "task",
+        "text",
+        "picture",
+        "guidance drops",
+        "step graph",
+        "solver",
+        "steps",
+        title="\nTasks (both: a given part, then a made one)",
+    )
     for name, task in manifest["tasks"].items():
-        table.add_row(shown(name), task["text"] or "-", task["image"] or "-", task["drops"] or "-", task["graph"])
+        sampler = manifest["sampler_for"].get(name, manifest["sampler"])
+        held = [task[key] or "-" for key in ("text", "image", "drops")]
+        table.add_row(shown(name), *held, shown(task["step"]), shown(sampler["solver"]), str(sampler["steps"]))
     return table
 
 
 def graphs(manifest: dict[str, Any]) -> Table:
     table = plain_table("graph", "nodes", "MatMul", "scans", "KB", "inputs", title="\nGraphs")
+    table.columns[0].no_wrap = True
     for name, graph in manifest["graphs"].items():
         operators = graph["operators"]
         shapes = "  ".join(f"{i['name']}[{','.join(map(str, i['shape']))}]" for i in graph["inputs"])

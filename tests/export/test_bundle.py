@@ -537,7 +537,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(
     export(tmp_path / "a.bundle", "dim")
     before = contents(tmp_path)
     # The validation itself writes nothing; without it the golden files come at once.
-    monkeypatch.setattr("mdm.export.bundle.Validation.run", lambda self: {"state": "passed"})
+    monkeypatch.setattr("mdm.export.validate.Validation.run", lambda self: {"state": "passed"})
     fail_at(where, FULL, monkeypatch)
     for name, force in (("a.bundle", True), ("b.bundle", False)):
         with pytest.raises(EnvironmentLackError, match="not enough space") as caught:

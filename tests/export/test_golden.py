@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from mdm.export import golden
-from mdm.export.cases import Truth
 from mdm.export.golden import FEW, MOST, default_run, reference_run, tasks_of, write_runs, write_tables
 from mdm.export.graphs import Plan, plan_graphs
 from mdm.export.precision import make_precision
+from mdm.export.truth import Truth
 from mdm.export.weights import Checkpoint
 from mdm.reference import load_config
 from mdm.reference.checkpoint import build_model
@@ -72,6 +72,18 @@ def test_tables_are_the_runtimes(preset: str, tmp_path: Path) -> None:
         rows = solver_table([make_schedule(specs[modality]) for modality in present], clock=clock, **settings)
         assert np.array_equal(np.array(table["rows"]), rows)  # to the last bit
         assert np.shape(table["rows"])[1:] == (len(present), len(ROW))
+
+
+def test_upsample_guidance_has_tables_of_its_own(tmp_path: Path, tiny: Callable[..., dict[str, Any]]) -> None:
+    config = load_config(tiny(family="dim", in_channels=4))
+    specs = plan_graphs(config, [config.image_size], [2])
+    write_tables(tmp_path / "sampler", config, specs)
+    table = json.loads((tmp_path / "sampler" / "image_guided_16_upsample2.json").read_text())
+    assert {table["graph"], table["plain_graph"]} < {spec.name for spec in specs}
+    assert (table["sampler"]["solver"], table["sampler"]["guidance"]) == ("dpm_3s", 3.0)
+    w = np.array(table["rows"])[:, 0, ROW.index("w")]
+    assert w[0] == 1
+    assert w[-1] == 0
 
 
 def test_tables_have_the_tasks_own_sampler(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdm.export import mixers, networks, orders, step
-from mdm.export.cases import Point, Truth
 from mdm.export.graph import Graph, Value
 from mdm.export.graphs import Built, build_graph, plan_graphs
 from mdm.export.precision import make_precision
-from mdm.export.validate import check_file, measure, run_table, session
+from mdm.export.truth import Point, Truth
+from mdm.export.validate import check_file, measure, run_step_graph, session
 from mdm.export.weights import Checkpoint, Weights
 from mdm.plugins.errors import ParityError
 from mdm.reference.checkpoint import build_model
@@ -181,7 +181,7 @@ def test_the_oracles_sampler_by_the_step_graph(oracle: Path, figure: Figure) -> 
     z, y = record["z_init"].numpy(), record["y"].numpy()
     inputs = {"base": z, "y": y, "uncond_y": np.full_like(y, 10), "rows": rows.astype(np.float32),
               "guidance": np.full(len(z), float(record["cfg_scale"]), np.float32)}  # fmt: skip
-    _, end = run_table(oracle / "step_image_guided.onnx", {f"in.{name}": array for name, array in inputs.items()})
+    end = run_step_graph(oracle / "step_image_guided.onnx", {f"in.{name}": array for name, array in inputs.items()})
     truth = record["z_out"].numpy()
     figure("dim oracle, 6 steps by the step graph, relative", np.abs(end - truth).max() / np.abs(truth).max(), 1e-3)
 

@@ -14,9 +14,9 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from safetensors.torch import save_file
 
-from mdm.export.cases import Point, Truth
 from mdm.export.graphs import build_graph, plan_graphs
 from mdm.export.precision import make_precision
+from mdm.export.truth import Point, Truth
 from mdm.export.twin import write_twin
 from mdm.export.weights import Checkpoint, Weights
 from mdm.reference import load_config

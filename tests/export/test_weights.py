@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mdm.export.graph import Graph
 from mdm.export.precision import make_precision
+from mdm.export.truth import Truth
 from mdm.export.weights import CUT_BLOCKS, DERIVED, DTYPES, POSITION, WEIGHTS, Checkpoint, Stored, Weights
 from mdm.reference import load_config, load_model
 from mdm.reference.checkpoint import build_model, published_name
@@ -203,7 +204,7 @@ def test_positions_at_another_size_are_the_references(
     model = load_model(checkpoint.path, config)
     found = read_back(weights, [stored], tmp_path / "out")[stored.name]
     assert same(found, model.backbone.position.detach())
-    ours = checkpoint.model(config).state_dict()
+    ours = Truth(checkpoint, config).model(config.image_size).state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -242,7 +243,8 @@ def test_a_cut_keeps_the_first_blocks_and_the_last(
     config = load_config(tiny(family=family, blocks=CUT_BLOCKS))
     last = {name: name.replace("blocks.2.", "blocks.6.") for name in build_model(config).state_dict()}
     weights = Weights(cut, "float32")
-    assert all(tensor.equal(state[last[name]]) for name, tensor in cut.model(config).state_dict().items())
+    model = Truth(cut, config).model(config.image_size)
+    assert all(tensor.equal(state[last[name]]) for name, tensor in model.state_dict().items())
     found = read_back(weights, [weights.parameter(name, "float32") for name in last], tmp_path / "out")
     assert all(same(values, state[last[name]]) for name, values in found.items())
     assert checkpoint.expected.keys() == state.keys()  # the whole one is as it was

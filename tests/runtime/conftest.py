@@ -62,11 +62,13 @@ def manifest_of(content: dict[str, bytes]) -> dict[str, Any]:
         "files": {
             name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()
         },
-        "tasks": {"class_to_image": {"text": "", "image": "made", "drops": "class", "graph": "image"}},
+        "tasks": {"class_to_image": {"text": "", "image": "made", "drops": "class", "set": "image",
+                                     "step": "step_image", "table": "sampler/table.json"}},
+        "null_class": 4,
         "row": ["t", "alpha"], "schedules": {"image": {"kind": "cosine"}}, "sampler": SAMPLER,
         "sampler_for": {"joint": SAMPLER},
         "picture": {"channels": 3, "size": 32, "range": [-1, 1], "patch": 4, "latent_scale": None, "factor": 1},
-        "text": {"lengths": [8, 20], "vocabulary": 40, "tokenizer": "tokenizer.model"},
+        "text": {"lengths": [8, 20], "vocabulary": 40, "tokenizer": "tokenizer.model", "pad": 0},
         "provenance": {
             "checkpoint": {
                 "file": "a b.safetensors", "size": 5, "sha256": "0" * 64, "format": "safetensors", "dtype": "F32"

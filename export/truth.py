@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdm.export.graphs import SETS, External, GraphSpec
-from mdm.export.weights import POSITION, Checkpoint
-from mdm.reference.checkpoint import position_for
+from mdm.export.weights import POSITION, Checkpoint, empty_model
 from mdm.reference.config import Config
 from mdm.reference.dim import DiM
 from mdm.reference.guidance import guide
@@ -48,7 +47,7 @@ def points_of(spec: GraphSpec, config: Config) -> list[Point]:
     if "text" not in spec.modalities:
         return [Point(1), Point(2), Point(3)]
     lengths = sorted(config.text_lengths)
-    return [Point(1, lengths[0]), Point(2, lengths[0] + 3), Point(3, lengths[min(1, len(lengths) - 1)])]
+    return [Point(1, lengths[0]), Point(2, lengths[0] + 3), Point(1, lengths[min(1, len(lengths) - 1)])]
 
 
 class Truth:
@@ -58,17 +57,18 @@ class Truth:
         self.checkpoint, self.config, self.external = checkpoint, config, external
         self.model = cache(self._model)
 
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights in float32; the models of all sizes share them."""
+        return {name: self.checkpoint.read(name).float() for name in self.checkpoint.expected}
+
     def _model(self, size: int, through: int | None = None) -> DiM | MDM:
-        """`through`: positions are resized to that picture size first."""
+        """The model at that picture size; `through`: positions are resized to that size first."""
         config = replace(self.config, image_size=size)
-        model = self.checkpoint.model(config)
-        if through is not None:
-            side, back = through // config.patch, config.side
-            learned = self.checkpoint.read(POSITION).float()
-            for n in (side, back):
-                learned = position_for(learned, torch.Size((1, 2 + n * n, config.width)))
-            model.backbone.position.data = learned
-        return model
+        sides = [n // config.patch for n in (through, size) if n is not None]
+        model = empty_model(config)
+        model.load_state_dict(self.tensors | {POSITION: self.checkpoint.position(sides)}, assign=True)
+        return model.eval().requires_grad_(False)
 
     # ----------------------------------------------------------------------------------------------------- inputs
 
