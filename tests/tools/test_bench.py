@@ -54,6 +54,7 @@ def test_the_clock_counts_time_and_memory() -> None:
     calls: list[int] = []
     assert median_time(lambda: calls.append(1), 0) >= 0
     assert calls == [1]
-    peak = memory_peak(lambda: np.ones(4_000_000))
-    assert peak is None or 30e6 < peak < 40e6
+    # 80 MB: glibc takes up to 32 MB from memory that the process has freed and still holds.
+    peak = memory_peak(lambda: np.ones(10_000_000))
+    assert peak is None or 78e6 < peak < 90e6
     assert multiply_add_peak(1) > 1e9
