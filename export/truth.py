@@ -41,13 +41,14 @@ class Point:
 
 
 def points_of(spec: GraphSpec, config: Config) -> list[Point]:
-    """Three points; texts at a bucket's length, off it, and at another bucket's."""
+    """Three points; texts at a bucket's length, off it, and at another bucket's if there is one."""
     if spec.role in ("encode", "decode") and config.family == "dim":
         return [Point(1, size=(16, 16)), Point(2, size=(8, 24)), Point(3, size=(16, 8))]
     if "text" not in spec.modalities:
         return [Point(1), Point(2), Point(3)]
     lengths = sorted(config.text_lengths)
-    return [Point(1, lengths[0]), Point(2, lengths[0] + 3), Point(1, lengths[min(1, len(lengths) - 1)])]
+    last = Point(1, lengths[1]) if len(lengths) > 1 else Point(3, lengths[0])
+    return [Point(1, lengths[0]), Point(2, max(1, lengths[0] - 3)), last]
 
 
 class Truth:
@@ -110,7 +111,8 @@ class Truth:
             factor = self.external.model.shape.factor if self.external else 1
             if spec.role == "decode":
                 return {"z": normal(B, config.in_channels, height, width)}
-            return {"picture": normal(B, 3, height * factor, width * factor).clip(-1, 1)}
+            channels = self.external.model.shape.picture if self.external else config.in_channels
+            return {"picture": normal(B, channels, height * factor, width * factor).clip(-1, 1)}
         if spec.role == "encode" and "text" in spec.modalities:
             return {"ids": draw.integers(0, config.vocabulary, (B, T))}
         size = spec.image_size or 0

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], str, int]] = {
     "mdm selection": ({"keep": 0.4, "blocks": 5}, "fp32", 20),
     "mdm other orders": ({"scan_orders": "341/2", "blocks": 7}, "fp32", 20),
     "mdm parallel, other orders": ({"scan": "parallel", "scan_orders": "31/21"}, "fp32", 20),
+    "mdm one text length": ({"text_lengths": [9]}, "fp32", 20),
     "mdm mamba1": ({"mixer": "mamba1"}, "fp32", 20),
     "mdm predicts eps and v": ({"predict_image": "eps", "predict_text": "v"}, "fp32", 20),
     "mdm other schedules": ({"schedule_image": {"kind": "sd"}, "schedule_text": {"kind": "sd"}}, "fp32", 20),
