@@ -1,4 +1,5 @@
-"""For the exporter's parts: a graph over tensors of any names and sizes, and its outputs in ONNX Runtime.
+"""For the exporter's parts: a graph over tensors of any names and sizes, and its outputs in ONNX Runtime. For whole
+exports: tiny checkpoints, and a call that exports one.
 
 def test_sum(blank_graph, run_graph):
     g = blank_graph({"w": torch.ones(3)})
@@ -8,7 +9,10 @@ def test_sum(blank_graph, run_graph):
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,11 +20,17 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from mdm.export import export_bundle
 from mdm.export.graph import Graph
 from mdm.export.precision import make_precision
 from mdm.export.weights import Checkpoint, Weights
+from mdm.reference import SHIPPED_TOKENIZER, load_config
+from mdm.reference.checkpoint import build_model
+
+Tiny = Callable[..., dict[str, Any]]
 
 
 class Loose:
@@ -65,3 +75,45 @@ def run_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[np
 @pytest.fixture
 def draw() -> torch.Generator:
     return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes | None]]:
+    """contents(folder): every path below it, with the bytes of a file."""
+
+    def read(folder: Path) -> dict[str, bytes | None]:
+        paths = folder.rglob("*")
+        return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny, tiny_model: Callable[..., Any]) -> Path:
+    """A folder with the checkpoints mdm, keep (which selects tokens) and dim, the tokenizers and configs beside."""
+    folder = tmp_path_factory.mktemp("source")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        dim = build_model(load_config(tiny(family="dim")))
+    short = {"solver": "dim", "steps": 4, "guidance": 0.4}
+    changes: dict[str, dict[str, Any]] = {
+        "mdm": {}, "keep": {"keep": 0.5}, "dim": {"family": "dim", "sampler": short},
+    }  # fmt: skip
+    for name, change in changes.items():
+        model = dim if name == "dim" else tiny_model(**change)
+        save_file(model.state_dict(), folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(tiny(**change)))
+        if name != "dim":
+            shutil.copyfile(SHIPPED_TOKENIZER, folder / f"{name}.tokenizer.model")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export(source: Path) -> Callable[..., Path]:
+    """export(out, "dim", ...): of that checkpoint, without running the model unless asked."""
+
+    def made(out: Path, name: str = "mdm", checkpoint: Path | None = None, **options: Any) -> Path:
+        path = checkpoint or source / f"{name}.safetensors"
+        return export_bundle(path, source / f"{name}.json", out, **({"validate": False} | options))
+
+    return made
