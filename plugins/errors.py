@@ -25,6 +25,10 @@ class InputError(MdmError, ValueError):
     exit_code = 2
 
 
+class EngineError(MdmError):
+    """An inference engine failed while it ran a graph."""
+
+
 class EnvironmentLackError(MdmError):
     """This machine lacks something: a package, a library, a device."""
 

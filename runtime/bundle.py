@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 ENGINES = "engines"  # made from the bundle on one machine: not part of what the manifest signs
 SCHEMA = 1
 MAX_MANIFEST = 16 * 2**20  # bytes
-MAX_GRAPH = 64 * 2**20  # bytes; the weights stand beside a graph, which then has a few hundred KB
+MAX_CONTENT = 64 * 2**20  # bytes of a file that is read whole: a graph, its weights beside it, has a few hundred KB
 MAX_VALUES = 2**28  # of one input or output: 1 GB in float32
 
 
@@ -53,12 +53,15 @@ class Bundle:
 
     def graph_bytes(self, name: str) -> bytes:
         """A graph's file, whole, after its hash was found right."""
-        file = self.graph(name)["file"]
-        path, signed = self.file(file), self.manifest["files"][file]
-        if signed["size"] > MAX_GRAPH:
-            raise InputError(f"graph '{path}' has {signed['size']} bytes, expected at most {MAX_GRAPH}")
+        return self.content(self.graph(name)["file"])
+
+    def content(self, name: str) -> bytes:
+        """A small file, whole, after its hash was found right."""
+        path, signed = self.file(name), self.manifest["files"][name]
+        if signed["size"] > MAX_CONTENT:
+            raise InputError(f"file '{path}' has {signed['size']} bytes, expected at most {MAX_CONTENT}")
         with _reading(path), path.open("rb") as opened:
-            content = opened.read(MAX_GRAPH + 1)
+            content = opened.read(MAX_CONTENT + 1)
         _compare(hashlib.sha256(content).hexdigest(), signed["sha256"], path)
         return content
 

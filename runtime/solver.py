@@ -123,6 +123,12 @@ def _solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
+def copy_row(modalities: int) -> Array:
+    """A row that leaves base as it is and makes point the same, for a slot without a sample. float64 [m,22]"""
+    values = {"t": 1.0, "alpha": 1.0, "sigma": 1.0, "base_base": 1.0, "point_base": 1.0}
+    return np.tile([values.get(column, 0.0) for column in ROW], (modalities, 1))
+
+
 def _known(what: str, given: Iterable[str], known: Collection[str]) -> None:
     for key in given:
         if key not in known:

@@ -92,7 +92,7 @@ def test_importing_the_runtime_loads_nothing_heavy() -> None:
 
 
 def test_a_missing_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mdm.runtime.find_spec", lambda name: None)
+    monkeypatch.setattr("mdm.runtime.ort.find_spec", lambda name: None)
     with pytest.raises(EnvironmentLackError, match=r"(?s)mdm-deploy\[cpu\].*mdm-deploy\[gpu\]") as caught:
         require_engine()
     assert len(str(caught.value).splitlines()) <= 3

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdm.plugins.errors import InputError
-from mdm.runtime.bundle import MAX_GRAPH, open_bundle
+from mdm.runtime.bundle import MAX_CONTENT, open_bundle
 
 Refusal = Callable[[Path], str]
 Place = tuple[str | int, ...]
@@ -147,9 +147,9 @@ def test_a_missing_key_is_told(folder: Path, manifest: dict[str, Any], refusal: 
 
 
 def test_a_graph_too_large_is_not_read(folder: Path, manifest: dict[str, Any]) -> None:
-    manifest["files"]["step_image.onnx"]["size"] = MAX_GRAPH + 1
+    manifest["files"]["step_image.onnx"]["size"] = MAX_CONTENT + 1
     write(folder, manifest)
-    os.truncate(folder / "step_image.onnx", MAX_GRAPH + 1)
+    os.truncate(folder / "step_image.onnx", MAX_CONTENT + 1)
     with pytest.raises(InputError, match="has 67108865 bytes, expected at most 67108864"):
         open_bundle(folder).graph_bytes("step_image")
 

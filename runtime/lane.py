@@ -1,0 +1,171 @@
+"""A lane: samples that are denoised together, because they want the same graph at the same text length.
+
+Each has a slot, a row of every buffer. Inputs that a step replaces have two buffers, which change places after each
+step; so a run copies nothing, and when it fails the state it started from is still there.
+
+Letters: n slots in use, L latent tokens, d latent width (for DiM the latents are [C,H,W]), m modalities, R columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mdm.plugins.errors import EngineError
+from mdm.runtime.backend import Array, Backend, Buffer, Spec
+from mdm.runtime.noise import normal
+from mdm.runtime.solver import ROW, copy_row
+
+NOISE = [ROW.index("base_noise"), ROW.index("point_noise")]
+
+
+@dataclass(eq=False)
+class Job:
+    """One sample on its way."""
+
+    graphs: Sequence[str]  # the step graph of each row
+    rows: npt.NDArray[np.float32]  # [S,m,R]
+    tokens: int  # L, where a graph leaves it open
+    seed: int
+    sample: int
+    inputs: dict[str, Any]  # given, y, uncond, uncond_y, guidance: what the graphs take of them
+    state: dict[str, Array]  # base, point, history, mask, x0_before; up to date while the job is in no lane
+    done: int = 0  # rows
+    x0: Array | None = field(default=None, repr=False)  # the clean latents as estimated last, if the caller looks on
+
+    @property
+    def finished(self) -> bool:
+        return self.done == len(self.rows)
+
+    @property
+    def lane(self) -> tuple[str, int]:
+        """Which lane runs its next row: graph and tokens."""
+        return self.graphs[self.done], self.tokens
+
+
+class Lane:
+    def __init__(self, backend: Backend, graph: str, tokens: int, slots: int) -> None:
+        self.backend, self.name, self.tokens, self.slots = backend, graph, tokens, slots
+        loaded = backend.graph(graph)
+        self.jobs: list[Job] = []  # of slot 0, 1, ..
+        self.turn = 0  # which of a pair of buffers holds the state
+        self.edited = False  # hosts are ahead of the engine
+        self.seen = True  # hosts show the engine's state
+
+        def buffer(spec: Spec) -> Buffer:
+            return backend.buffer(spec.sized(batch=slots, tokens=tokens), spec.dtype)
+
+        self.pairs: dict[str, tuple[Buffer, Buffer]] = {}  # input -> now and next, by turn
+        self.next_of: dict[str, str] = {}  # output -> the input that it becomes
+        self.outputs: dict[str, Buffer] = {}  # outputs that nothing takes up again
+        for name, spec in loaded.outputs.items():
+            becomes = "x0_before" if name == "x0" else name.removesuffix("_next")
+            if becomes in loaded.inputs:
+                self.next_of[name] = becomes
+                self.pairs[becomes] = buffer(spec), buffer(spec)
+            else:
+                self.outputs[name] = buffer(spec)
+        self.inputs = {name: buffer(spec) for name, spec in loaded.inputs.items() if name not in self.pairs}
+        self.modalities = int(self.inputs["row"].host.shape[1])
+
+    # ---------------------------------------------------------------------------------------------- who is here
+
+    def join(self, job: Job) -> None:
+        """Give a job the next slot."""
+        self.look()
+        slot = len(self.jobs)
+        self.jobs.append(job)
+        for name, pair in self.pairs.items():
+            pair[self.turn].host[slot] = job.state[name]
+        for name, buffer in self.inputs.items():
+            buffer.host[slot] = job.inputs.get(name, 0)
+        self.edited = True
+
+    def leave(self, job: Job) -> None:
+        """Free a job's slot, in which the last one's job goes on; `job.state` then holds the state again."""
+        self.look()
+        slot, last = self.jobs.index(job), len(self.jobs) - 1
+        for name, pair in self.pairs.items():
+            host = pair[self.turn].host
+            job.state[name] = host[slot].copy()
+            host[slot] = host[last]
+        for buffer in self.inputs.values():
+            buffer.host[slot] = buffer.host[last]
+        self.jobs[slot] = self.jobs[last]
+        self.jobs.pop()
+        self.edited = True
+
+    def look(self) -> None:
+        """Bring the state to the hosts."""
+        if not self.seen:
+            for pair in self.pairs.values():
+                pair[self.turn].pull()
+            self.seen = True
+
+    # -------------------------------------------------------------------------------------------------- stepping
+
+    def step(self, watched: Sequence[Job] = ()) -> dict[Job, EngineError]:
+        """One row of every job -> the jobs that failed: they must leave. The `watched` get their new x0."""
+        count = self.padded(len(self.jobs))
+        self.write_rows(count)
+        failed: dict[Job, EngineError] = {}
+        try:
+            self.run(0, count)
+        except EngineError as error:
+            # One of them may be to blame: each runs again alone, from the state that is still there.
+            if len(self.jobs) == 1:
+                return {self.jobs[0]: error}
+            for slot, job in enumerate(self.jobs):
+                try:
+                    self.run(slot, 1)
+                except EngineError as error:
+                    failed[job] = error
+        self.turn = 1 - self.turn
+        self.seen = False
+        for job in self.jobs:
+            if job not in failed:
+                job.done += 1
+        if watched:
+            shown = self.pairs["x0_before"][self.turn] if "x0_before" in self.pairs else self.outputs["x0"]
+            shown.pull()
+            for job in watched:
+                job.x0 = shown.host[self.jobs.index(job)].copy()
+        return failed
+
+    def padded(self, count: int) -> int:
+        """The next size that the engine was built for."""
+        return min((size for size in self.backend.batches if size >= count), default=count)
+
+    def write_rows(self, count: int) -> None:
+        """Each slot's row, and its noise where the row takes any; idle slots copy."""
+        rows, noise = self.inputs["row"], self.inputs["noise"]
+        drawn = False
+        for slot, job in enumerate(self.jobs):
+            row = job.rows[job.done]
+            rows.host[slot] = row
+            if row[:, NOISE].any():
+                noise.host[slot] = normal(job.seed, job.sample, 1 + job.done, noise.host.shape[1:])
+                drawn = True
+        rows.host[len(self.jobs) : count] = copy_row(self.modalities)
+        if self.edited:
+            for buffer in [*self.inputs.values(), *(pair[self.turn] for pair in self.pairs.values())]:
+                buffer.push()
+            self.edited = False
+        else:
+            rows.push()
+            if drawn:
+                noise.push()
+
+    def run(self, first: int, count: int) -> None:
+        graph = self.backend.graph(self.name)
+        bound = graph.bound.setdefault(self, {})
+        key: Any = (first, count, self.turn)
+        if key not in bound:
+            inputs = self.inputs | {name: pair[self.turn] for name, pair in self.pairs.items()}
+            after = {name: self.pairs[becomes][1 - self.turn] for name, becomes in self.next_of.items()}
+            bound[key] = graph.bind(inputs, self.outputs | after, first, count)
+        bound[key]()

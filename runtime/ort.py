@@ -1,0 +1,222 @@
+"""ONNX Runtime as a backend: on the CPU, or on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from mdm.plugins import register
+from mdm.plugins.errors import EngineError, EnvironmentLackError, InputError
+from mdm.runtime.backend import Array, Buffer, Graph, Spec
+from mdm.runtime.bundle import Bundle
+from mdm.runtime.words import nearest
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, SessionOptions
+
+# backend -> ONNX Runtime's provider and the device its buffers lie on
+PROVIDERS = {"ort-cpu": ("CPUExecutionProvider", "cpu"), "ort-cuda": ("CUDAExecutionProvider", "cuda")}
+# Memory of a loaded graph over the size of its weights (measured, ONNX Runtime 1.31): weights are copied once to be
+# packed, and the CPU computes half precision from a float32 copy beside the half one.
+GROWTH = {"fp32": 1.3, "fp16": 3.3, "bf16": 3.3}
+
+
+def require_engine() -> None:
+    """Raise, naming the extra to install, where no onnxruntime can be imported."""
+    if find_spec("onnxruntime") is None:
+        raise EnvironmentLackError(
+            "No inference engine: the Python module onnxruntime is not installed.\n"
+            "The engine is an extra, and an environment takes one of two.\n"
+            'Install it: pip install "mdm-deploy[cpu]", or "mdm-deploy[gpu]" for an NVIDIA GPU.'
+        )
+
+
+@dataclass(frozen=True)
+class HostBuffer:
+    """Ordinary memory: engine and host see the same."""
+
+    host: Array
+
+    def push(self) -> None: ...
+
+    def pull(self) -> None: ...
+
+    def address(self, row: int) -> int:
+        return self.host.ctypes.data + row * self.host.strides[0]
+
+
+class DeviceBuffer:
+    """Memory of a device, with a copy of it on this side."""
+
+    def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike, device: str, number: int) -> None:
+        from onnxruntime import OrtValue
+
+        self.host = np.zeros(shape, dtype)
+        self.value = OrtValue.ortvalue_from_numpy(self.host, device, number)
+
+    def push(self) -> None:
+        self.value.update_inplace(self.host)
+
+    def pull(self) -> None:
+        self.host[...] = self.value.numpy()
+
+    def address(self, row: int) -> int:
+        return int(self.value.data_ptr()) + row * self.host.strides[0]
+
+
+class OrtGraph:
+    """A graph in ONNX Runtime."""
+
+    def __init__(
+        self, name: str, session: InferenceSession, described: Mapping[str, Any], device: str, number: int
+    ) -> None:
+        self.name, self.session, self.device, self.number = name, session, device, number
+        self.bound: WeakKeyDictionary[Any, dict[Any, Callable[[], None]]] = WeakKeyDictionary()
+        self.inputs: Mapping[str, Spec] = specs_of(described["inputs"])
+        self.outputs: Mapping[str, Spec] = specs_of(described["outputs"])
+
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], first: int, count: int
+    ) -> Callable[[], None]:
+        binding = self.session.io_binding()
+        for tie, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, buffer in buffers.items():
+                host = buffer.host
+                shape = (count, *host.shape[1:])
+                tie(name, self.device, self.number, host.dtype.type, shape, buffer.address(first))
+
+        def run() -> None:
+            with engine_errors(self.name):
+                binding.synchronize_inputs()
+                self.session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
+
+        return run
+
+    def run(self, wanted: Sequence[str], **inputs: Array) -> list[Array]:
+        with engine_errors(self.name):
+            found: list[Array] = self.session.run(list(wanted), inputs)
+        return found
+
+
+def specs_of(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Spec]:
+    """The manifest's words for a graph's inputs or outputs."""
+    return {tensor["name"]: Spec(np.dtype(tensor["dtype"]), tuple(tensor["shape"])) for tensor in tensors}
+
+
+@contextmanager
+def engine_errors(graph: str) -> Iterator[None]:
+    """Turns what ONNX Runtime raises into one of our errors."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's own classes, one for each status code
+        said = " ".join(str(error).split())[:300]
+        raise EngineError(f"graph '{graph}' failed in ONNX Runtime: {said}") from error
+
+
+class OrtBackend:
+    """ONNX Runtime, on the CPU or an NVIDIA GPU. Graphs are loaded when first asked for."""
+
+    batches: Sequence[int] = ()
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        name: str = "ort-cpu",
+        threads: int | None = None,
+        memory: int | None = None,
+        device: int = 0,
+    ) -> None:
+        """`threads` of the CPU, default one a core; `memory` in bytes: of loaded graphs, on a GPU of all it takes."""
+        self.bundle, self.name, self.threads, self.memory, self.number = bundle, name, threads, memory, device
+        if name not in PROVIDERS:
+            raise InputError(f"unknown backend '{name}'{nearest(name, PROVIDERS)}\nbackends: {', '.join(PROVIDERS)}")
+        self.provider, self.device = PROVIDERS[name]
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}, expected at least 1")
+        require_engine()
+        import onnxruntime
+
+        found = onnxruntime.get_available_providers()
+        if self.provider not in found:
+            raise EnvironmentLackError(
+                f"backend '{name}' needs ONNX Runtime's {self.provider}, found {', '.join(found)}\n"
+                'Install it in an environment without onnxruntime: pip install "mdm-deploy[gpu]"'
+            )
+        if bundle.manifest["precision"] == "bf16" and name == "ort-cpu":
+            raise EnvironmentLackError(
+                f"bundle '{bundle.path}' is in bfloat16, which ONNX Runtime's CPU cannot compute\n"
+                "export the checkpoint with --precision fp32, or run it on a GPU"
+            )
+        self.loaded: OrderedDict[str, OrtGraph] = OrderedDict()  # the one used last at the end
+
+    def graph(self, name: str) -> Graph:
+        if name not in self.loaded:
+            self.make_room(name)
+            self.loaded[name] = self.load(name)
+        self.loaded.move_to_end(name)
+        return self.loaded[name]
+
+    def load(self, name: str) -> OrtGraph:
+        import onnxruntime
+
+        content = self.bundle.graph_bytes(name)
+        try:
+            session = onnxruntime.InferenceSession(content, self.options(), providers=[self.provider_options()])
+        except Exception as error:  # ONNX Runtime's own classes, one for each status code
+            raise EnvironmentLackError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' of bundle '{self.bundle.path}':\n"
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
+        return OrtGraph(name, session, self.bundle.graph(name), self.device, self.number)
+
+    def options(self) -> SessionOptions:
+        from onnxruntime import SessionOptions
+
+        options = SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads or 0
+        # Threads that wait actively after a run would take the cores from the next graph's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path))
+        with suppress(EnvironmentLackError):  # slower without, as `mdm doctor` says
+            register(options)
+        return options
+
+    def provider_options(self) -> Any:
+        if self.device == "cpu":
+            return self.provider
+        limit = {} if self.memory is None else {"gpu_mem_limit": str(self.memory)}
+        return self.provider, {"device_id": str(self.number), **limit}
+
+    def buffer(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Buffer:
+        if self.device == "cpu":
+            return HostBuffer(np.zeros(shape, dtype))
+        return DeviceBuffer(shape, dtype, self.device, self.number)
+
+    def make_room(self, name: str) -> None:
+        """Close the graphs used longest ago until this one fits the limit too."""
+        if self.memory is None or self.device != "cpu":
+            return
+        need = self.size_of(name)
+        if need > self.memory:
+            raise EnvironmentLackError(
+                f"graph '{name}' takes about {need / 1e9:.2f} GB, more than the limit of {self.memory / 1e9:.2f} GB\n"
+                "raise the limit"
+            )
+        while self.loaded and need + sum(map(self.size_of, self.loaded)) > self.memory:
+            self.loaded.popitem(last=False)
+
+    def size_of(self, name: str) -> int:
+        """Bytes a loaded graph takes, about: its weights' files count whole, though it may not use all of them."""
+        manifest = self.bundle.manifest
+        weights = sum(manifest["files"][file]["size"] for file in self.bundle.graph(name)["weights"])
+        return int(weights * GROWTH[manifest["precision"]])

@@ -1,0 +1,231 @@
+"""`load` opens a bundle; a `Pipeline` runs its tasks.
+
+    pipeline = load("tiny.bundle")
+    [result] = pipeline.generate("two big red circles on the left", seed=7)
+    result.picture                                            uint8 [H,W,3]
+    pipeline.caption([picture, another], steps=[20, 40])      a list gives each sample its own value
+
+Every method makes requests and hands them to `run`, which drives a step-level scheduler until all have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdm.plugins.errors import InputError
+from mdm.runtime.backend import Array
+from mdm.runtime.bundle import open_bundle
+from mdm.runtime.lane import Lane
+from mdm.runtime.model import Model, Prepared
+from mdm.runtime.ort import OrtBackend
+from mdm.runtime.request import Request, Result
+from mdm.runtime.scheduler import Scheduler, Ticket
+
+BATCH = 8  # samples that share a step; on a CPU more gain nothing, and each keeps its latents fourteen times
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback is told after each evaluation of the network for one sample."""
+
+    index: int  # of the request in the call
+    done: int  # evaluations
+    of: int
+    x0: Array  # the clean latents as they are estimated now
+    prepared: Prepared
+
+
+def load(
+    bundle: str | Path,
+    backend: str = "ort-cpu",
+    *,
+    threads: int | None = None,
+    memory: int | None = None,
+    device: int = 0,
+    batch: int = BATCH,
+) -> Pipeline:
+    """Open a bundle on a backend: "ort-cpu" or "ort-cuda".
+
+    `threads` of the CPU, default one a core; `memory`: bytes that loaded graphs may take, on a GPU all that ONNX
+    Runtime takes; `batch`: samples that share a step at most.
+    """
+    if batch < 1:
+        raise InputError(f"batch is {batch}, expected at least 1")
+    opened = open_bundle(bundle)
+    engine = OrtBackend(opened, backend, threads=threads, memory=memory, device=device)
+    return Pipeline(Model(opened, engine), batch)
+
+
+class Pipeline:
+    def __init__(self, model: Model, batch: int = BATCH) -> None:
+        self.model, self.batch = model, batch
+        self.lanes: dict[tuple[str, int], Lane] = {}
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.model.manifest["tasks"])
+
+    # ---------------------------------------------------------------------------------------------------- the tasks
+
+    def generate(self, prompt: Any = None, *, label: Any = None, **fields: Any) -> list[Result]:
+        """A picture from a prompt, or from a class; `negative` is what guidance leads away from."""
+        return self.sample(
+            "class_to_image" if prompt is None else "text_to_image", prompt=prompt, label=label, **fields
+        )
+
+    def caption(self, picture: Any, **fields: Any) -> list[Result]:
+        """The text to a picture."""
+        return self.sample("caption", picture=picture, **fields)
+
+    def ask(self, picture: Any, prompt: Any, **fields: Any) -> list[Result]:
+        """The answer to a question about a picture."""
+        return self.sample("ask", picture=picture, prompt=prompt, **fields)
+
+    def complete(self, prompt: Any, **fields: Any) -> list[Result]:
+        """Text that goes on from a text."""
+        return self.sample("complete", prompt=prompt, **fields)
+
+    def joint(self, **fields: Any) -> list[Result]:
+        """A picture and its text, made together."""
+        return self.sample("joint", **fields)
+
+    def turn(self, picture: Any, prompt: Any, **fields: Any) -> list[Result]:
+        """A further turn of a dialogue: from a picture and a text to a new picture and new text."""
+        return self.sample("turn", picture=picture, prompt=prompt, **fields)
+
+    def sample(
+        self, task: str, *, batch: int = 1, callback: Callable[[Step], None] | None = None, **fields: Any
+    ) -> list[Result]:
+        """Any task by name. A field that is a list has a value for each sample; `batch` samples are made of each."""
+        return self.run(requests_of(task, batch, **fields), callback)
+
+    def denoise(self, task: str, **fields: Any) -> Denoiser:
+        """The network alone, for your own sampler: what is told stands in the fields, as for `sample`."""
+        return Denoiser(self.model, [self.model.prepare(request) for request in requests_of(task, 1, **fields)])
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def lane(self, graph: str, tokens: int) -> Lane:
+        """The lane for such jobs; lanes nobody is in are dropped where a new one is made."""
+        if (graph, tokens) not in self.lanes:
+            self.lanes = {key: lane for key, lane in self.lanes.items() if lane.jobs}
+            slots = min([self.batch, *self.model.backend.batches[-1:]])
+            self.lanes[graph, tokens] = Lane(self.model.backend, graph, tokens, slots)
+        return self.lanes[graph, tokens]
+
+    def run(self, requests: Sequence[Request], callback: Callable[[Step], None] | None = None) -> list[Result]:
+        """All of these requests, in their order, whatever their tasks; the first that fails ends the call."""
+        prepared = [self.model.prepare(request) for request in requests]
+        scheduler = Scheduler(self.lane, queue=len(prepared))
+        index_of: dict[Ticket, int] = {}
+
+        def watch(ticket: Ticket) -> None:
+            index, job = index_of[ticket], ticket.job
+            assert callback is not None
+            assert job.x0 is not None
+            callback(Step(index, job.done, len(job.rows), job.x0, prepared[index]))
+
+        results: dict[int, Result] = {}
+        try:
+            for index, one in enumerate(prepared):
+                index_of[scheduler.submit(one.job, on_step=watch if callback else None)] = index
+            while scheduler.busy:
+                for ticket in scheduler.tick():
+                    if ticket.error is not None:
+                        raise ticket.error
+                    results[index_of[ticket]] = self.finish(prepared[index_of[ticket]], ticket)
+        except BaseException as error:
+            scheduler.close(error)
+            raise
+        return [results[index] for index in range(len(prepared))]
+
+    def finish(self, prepared: Prepared, ticket: Ticket) -> Result:
+        """Latents to text and picture."""
+        z = ticket.job.state["base"]
+        self.model.check_finite(z)
+        assert ticket.started is not None
+        assert ticket.ended is not None
+        return Result(
+            prepared.request, prepared.sampler, self.model.texts(prepared, z), self.model.pixels(prepared, z), z,
+            len(ticket.job.rows), ticket.ended - ticket.started, ticket.started - ticket.submitted,
+        )  # fmt: skip
+
+
+class Denoiser:
+    """The guided noise estimate of some requests: `eps = denoiser(z, t)`, z [B,L,d] or [B,C,H,W], t in (0,1].
+
+    `alpha_sigma(t)` is what noise at time t looks like: z = alpha x0 + sigma eps. Where text and picture have different
+    schedules it is a number for each token.
+    """
+
+    def __init__(self, model: Model, prepared: Sequence[Prepared]) -> None:
+        self.model, self.prepared = model, prepared
+        request, shape = prepared[0].request, prepared[0].shape
+        if any(one.request.task != request.task or one.shape != shape for one in prepared):
+            raise InputError("denoise: the samples differ in task, size or text length\nask for each of them alone")
+        self.task = model.task(request.task)
+        self.graph = model.graph_for("denoise", self.task, request, guided=False)
+        self.shape = (len(prepared), *shape.latents)
+        self.schedules, self.clock = model.schedules(self.task)
+        inputs = {name: np.stack([one.job.inputs[name] for one in prepared]) for name in prepared[0].job.inputs}
+        self.given = inputs.get("given")
+        if self.given is not None:
+            self.clean = np.stack([one.job.state["base"] for one in prepared])
+        self.inputs = inputs
+
+    def alpha_sigma(self, t: float) -> tuple[Array, Array]:
+        """[m] each, spread over the tokens where m is 2."""
+        pairs = np.array([(s.alpha(t), s.sigma(t)) for s in self.schedules], np.float32)  # [m,2]
+        if len(pairs) == 2:
+            text = self.prepared[0].shape.text
+            pairs = np.repeat(pairs, (text, self.shape[1] - text), axis=0)[..., None]
+            return pairs[:, 0], pairs[:, 1]  # [L,1] each
+        return pairs[:, 0], pairs[:, 1]
+
+    def __call__(self, z: Array, t: float) -> Array:
+        if z.shape != self.shape:
+            raise InputError(f"z has shape {list(z.shape)}, expected {list(self.shape)}")
+        z = np.asarray(z, np.float32)
+        if self.given is not None:
+            z = np.where(self.given[..., None], self.clean, z)
+        eps = self.estimate(z, t, self.inputs["y"])
+        scale = self.inputs["guidance"].reshape(-1, *[1] * (z.ndim - 1))
+        if self.task["drops"] and scale.any():
+            if self.given is not None:
+                z = np.where(self.given[..., None], self.inputs["uncond"], z)
+            eps = eps + scale * (eps - self.estimate(z, t, self.inputs["uncond_y"]))
+        return eps if self.given is None else np.where(self.given[..., None], np.float32(0), eps)
+
+    def estimate(self, z: Array, t: float, y: Array) -> Array:
+        graph = self.model.backend.graph(self.graph)
+        time = np.full(len(z), self.schedules[self.clock].model_time(t), np.float32)
+        inputs: dict[str, Any] = {
+            "z": z,
+            "t": time,
+            "y": y,
+            "given": self.given,
+            "mask": np.ones(z.shape[:2], np.float32),
+        }
+        (eps,) = graph.run(["eps"], **{name: inputs[name] for name in graph.inputs})
+        return eps
+
+
+def requests_of(task: str, batch: int, **fields: Any) -> list[Request]:
+    """Requests from fields of which some are lists, of one length; `batch` samples of each, counted on."""
+    lists = {name: value for name, value in fields.items() if isinstance(value, list | tuple)}
+    lengths = {name: len(value) for name, value in lists.items()}
+    count = next(iter(lengths.values()), 1)
+    if not isinstance(batch, int) or batch < 1 or count < 1 or set(lengths.values()) - {count}:
+        said = ", ".join(f"{length} of {name}" for name, length in lengths.items())
+        raise InputError(f"batch is {batch!r}{said and ' and there are ' + said}\nexpected lists of one length")
+    requests = []
+    for index in range(count):
+        mine = fields | {name: value[index] for name, value in lists.items()}
+        first = mine.get("sample") or 0
+        requests += [Request.of(task, **mine | {"sample": first + further}) for further in range(batch)]
+    return requests

@@ -1,0 +1,47 @@
+"""Text to ids and back, by the SentencePiece model of a bundle. Text ends at the first pad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import sentencepiece
+
+from mdm.plugins.errors import InputError
+from mdm.runtime.json_schema import told
+
+MAX_TEXT = 100_000  # characters of a prompt: more is refused before it is split
+UNKNOWN = 1  # what SentencePiece makes of characters it has no piece for
+
+
+class Tokenizer:
+    def __init__(self, model: bytes, vocabulary: int, pad: int) -> None:
+        self.model = sentencepiece.SentencePieceProcessor()
+        try:
+            self.model.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise InputError(f"the bundle's tokenizer is not a SentencePiece model: {error}") from error
+        found = self.model.get_piece_size()
+        if found != vocabulary:
+            raise InputError(
+                f"the bundle's tokenizer has {found} pieces, its model's vocabulary {vocabulary}\n"
+                "expected the tokenizer that the model was trained with: export it again with that one"
+            )
+        self.pad = pad
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without padding."""
+        if len(text) > MAX_TEXT:
+            raise InputError(f"the prompt has {len(text)} characters, expected at most {MAX_TEXT}: shorten it")
+        ids: list[int] = self.model.encode(text)
+        if UNKNOWN in ids:
+            words = [word for word in text.split() if UNKNOWN in self.model.encode(word)]
+            raise InputError(f"the model has no word piece for {', '.join(map(told, words or [text]))}")
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text: list[int] = []
+        for id_ in map(int, ids):
+            if id_ == self.pad:
+                break
+            text.append(id_)
+        return str(self.model.decode(text))
