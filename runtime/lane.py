@@ -33,7 +33,7 @@ class Job:
     seed: int
     sample: int
     inputs: dict[str, Any]  # given, y, uncond, uncond_y, guidance: what the graphs take of them
-    state: dict[str, Array]  # base, point, history, mask, x0_before; up to date while the job is in no lane
+    state: dict[str, Array]  # base, later also point, history, mask, x0_before; stale while the job is in a lane
     done: int = 0  # rows
     x0: Array | None = field(default=None, repr=False)  # the clean latents as estimated last, if the caller looks on
 
@@ -70,7 +70,7 @@ class Lane:
             else:
                 self.outputs[name] = buffer(spec)
         self.inputs = {name: buffer(spec) for name, spec in loaded.inputs.items() if name not in self.pairs}
-        self.modalities = int(self.inputs["row"].host.shape[1])
+        self.idle = copy_row(self.inputs["row"].host.shape[1])
 
     # ---------------------------------------------------------------------------------------------- who is here
 
@@ -79,8 +79,9 @@ class Lane:
         self.look()
         slot = len(self.jobs)
         self.jobs.append(job)
+        fresh = {"point": job.state["base"], "mask": 1}  # before the first step; the rest is 0
         for name, pair in self.pairs.items():
-            pair[self.turn].host[slot] = job.state[name]
+            pair[self.turn].host[slot] = job.state.get(name, fresh.get(name, 0))
         for name, buffer in self.inputs.items():
             buffer.host[slot] = job.inputs.get(name, 0)
         self.edited = True
@@ -150,7 +151,7 @@ class Lane:
             if row[:, NOISE].any():
                 noise.host[slot] = normal(job.seed, job.sample, 1 + job.done, noise.host.shape[1:])
                 drawn = True
-        rows.host[len(self.jobs) : count] = copy_row(self.modalities)
+        rows.host[len(self.jobs) : count] = self.idle
         if self.edited:
             for buffer in [*self.inputs.values(), *(pair[self.turn] for pair in self.pairs.values())]:
                 buffer.push()

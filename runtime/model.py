@@ -126,11 +126,7 @@ class Model:
         if "given" in inputs:
             base = np.where(inputs["given"][:, None], inputs.pop("clean"), base)
         tokens = shape.latents[0] if "given" in inputs else 0
-        state = {
-            "base": base, "point": base, "history": np.zeros((3, *base.shape), np.float32),
-            "mask": np.ones(base.shape[:1], np.float32), "x0_before": np.zeros_like(base),
-        }  # fmt: skip
-        job = Job(graphs, rows.astype(np.float32), tokens, request.seed, request.sample, inputs, state)
+        job = Job(graphs, rows.astype(np.float32), tokens, request.seed, request.sample, inputs, {"base": base})
         return Prepared(request, sampler, shape, job)
 
     def check_fields(self, request: Request, task: dict[str, Any]) -> None:

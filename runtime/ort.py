@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mdm.plugins import register
+from mdm.plugins.contract import DOMAIN, SELECTIVE_SCAN
 from mdm.plugins.errors import EngineError, EnvironmentLackError, InputError
 from mdm.runtime.backend import Array, Buffer, Graph, Spec
 from mdm.runtime.bundle import Bundle
@@ -170,7 +171,7 @@ class OrtBackend:
 
         content = self.bundle.graph_bytes(name)
         try:
-            session = onnxruntime.InferenceSession(content, self.options(), providers=[self.provider_options()])
+            session = onnxruntime.InferenceSession(content, self.options(name), providers=[self.provider_options()])
         except Exception as error:  # ONNX Runtime's own classes, one for each status code
             raise EnvironmentLackError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' of bundle '{self.bundle.path}':\n"
@@ -178,7 +179,7 @@ class OrtBackend:
             ) from error
         return OrtGraph(name, session, self.bundle.graph(name), self.device, self.number)
 
-    def options(self) -> SessionOptions:
+    def options(self, name: str) -> SessionOptions:
         from onnxruntime import SessionOptions
 
         options = SessionOptions()
@@ -187,8 +188,10 @@ class OrtBackend:
         # Threads that wait actively after a run would take the cores from the next graph's.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path))
-        with suppress(EnvironmentLackError):  # slower without, as `mdm doctor` says
-            register(options)
+        # The library computes on the CPU. On a GPU that pays for Mamba-1 alone, whose body is a loop over tokens.
+        if self.device == "cpu" or f"{DOMAIN}.{SELECTIVE_SCAN.name}" in self.bundle.graph(name)["operators"]:
+            with suppress(EnvironmentLackError):  # slower without, as `mdm doctor` says
+                register(options)
         return options
 
     def provider_options(self) -> Any:
@@ -209,8 +212,8 @@ class OrtBackend:
         need = self.size_of(name)
         if need > self.memory:
             raise EnvironmentLackError(
-                f"graph '{name}' takes about {need / 1e9:.2f} GB, more than the limit of {self.memory / 1e9:.2f} GB\n"
-                "raise the limit"
+                f"graph '{name}' takes about {need / 1e6:.0f} MB of memory, the limit is {self.memory / 1e6:.0f} MB\n"
+                "allow it more memory"
             )
         while self.loaded and need + sum(map(self.size_of, self.loaded)) > self.memory:
             self.loaded.popitem(last=False)

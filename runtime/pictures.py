@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ Pixels = npt.NDArray[np.uint8]  # [H,W,C]
 def read_picture(source: Any) -> Image:
     """From a path, the bytes of a file, a PIL image or an array uint8 [H,W] or [H,W,3]; nothing is unpacked unseen."""
     from PIL import Image as pil
+    from PIL import UnidentifiedImageError
 
     if isinstance(source, pil.Image):
         return source
@@ -45,13 +47,16 @@ def read_picture(source: Any) -> Image:
     name = "picture" if isinstance(source, bytes) else f"picture '{source}'"
     content = source if isinstance(source, bytes) else read_file(Path(source), name)
     try:
-        # PIL itself only warns of very large pictures; the size is known before anything is unpacked.
-        image = pil.open(io.BytesIO(content), formats=FORMATS)
+        with warnings.catch_warnings():  # PIL only warns of very large pictures; below they are refused
+            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+            image = pil.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise InputError(f"{name} has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
         image.load()
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is not a picture\nexpected one of: {', '.join(FORMATS)}") from error
     except Exception as error:  # PIL raises whatever a damaged file leads it to
         said = " ".join(str(error).split())[:120]
         raise InputError(f"{name} cannot be read: {said}\nexpected one of: {', '.join(FORMATS)}") from error

@@ -10,7 +10,7 @@ Every method makes requests and hands them to `run`, which drives a step-level s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,14 @@ class Pipeline:
 
     def run(self, requests: Sequence[Request], callback: Callable[[Step], None] | None = None) -> list[Result]:
         """All of these requests, in their order, whatever their tasks; the first that fails ends the call."""
-        prepared = [self.model.prepare(request) for request in requests]
+        results = dict(self.stream(requests, callback))
+        return [results[index] for index in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[Request | Prepared], callback: Callable[[Step], None] | None = None
+    ) -> Iterator[tuple[int, Result]]:
+        """The same, each with its place among the requests, as soon as it is there."""
+        prepared = [one if isinstance(one, Prepared) else self.model.prepare(one) for one in requests]
         scheduler = Scheduler(self.lane, queue=len(prepared))
         index_of: dict[Ticket, int] = {}
 
@@ -130,7 +137,6 @@ class Pipeline:
             assert job.x0 is not None
             callback(Step(index, job.done, len(job.rows), job.x0, prepared[index]))
 
-        results: dict[int, Result] = {}
         try:
             for index, one in enumerate(prepared):
                 index_of[scheduler.submit(one.job, on_step=watch if callback else None)] = index
@@ -138,15 +144,15 @@ class Pipeline:
                 for ticket in scheduler.tick():
                     if ticket.error is not None:
                         raise ticket.error
-                    results[index_of[ticket]] = self.finish(prepared[index_of[ticket]], ticket)
-        except BaseException as error:
+                    yield index_of[ticket], self.finish(prepared[index_of[ticket]], ticket)
+        except BaseException as error:  # also where the caller goes away
             scheduler.close(error)
             raise
-        return [results[index] for index in range(len(prepared))]
 
     def finish(self, prepared: Prepared, ticket: Ticket) -> Result:
         """Latents to text and picture."""
         z = ticket.job.state["base"]
+        ticket.job.state = {}  # a long list of requests need not keep what its first ones ended with
         self.model.check_finite(z)
         assert ticket.started is not None
         assert ticket.ended is not None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mdm.plugins.errors import InputError
 from mdm.runtime.json_schema import told
-from mdm.runtime.solver import GRID, SOLVERS, sampler_of
+from mdm.runtime.solver import GRID, SOLVERS, pinned
 from mdm.runtime.words import nearest
 
 MOST_STEPS = 10_000
@@ -98,7 +98,7 @@ def sampler_for(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, A
         # Another solver keeps the times, not the options; it ends where it is published to end.
         kept = ("steps", "guidance", *(name for name in GRID if name != "final_zero"))
         own = {name: own[name] for name in kept}
-    sampler = sampler_of({"sampler": {**own, **asked}})
+    sampler = pinned({**own, **asked}, "the request")
     if not 1 <= sampler["steps"] <= MOST_STEPS:
         raise InputError(f"steps is {sampler['steps']}, expected 1 to {MOST_STEPS}")
     return sampler

@@ -137,19 +137,23 @@ def _known(what: str, given: Iterable[str], known: Collection[str]) -> None:
 
 
 def sampler_of(config: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
-    """The sampler a model is meant to be used with for a task, every field pinned.
+    """The sampler a model is meant to be used with for a task, every field pinned."""
+    return pinned({**config["sampler"], **config.get("sampler_for", {}).get(task, {})}, "config key 'sampler'")
+
+
+def pinned(settings: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """These settings of a sampler and the defaults of all others; `what` has them, in errors.
 
     But for "guidance", the fields are arguments of `solver_table`.
     """
-    given = {"guidance": 0.0, **config["sampler"], **config.get("sampler_for", {}).get(task, {})}
     for key in ("solver", "steps"):
-        if key not in given:
-            raise InputError(f"config key 'sampler' has no '{key}', found: {', '.join(given)}")
-    solver = _solver(given["solver"])
+        if key not in settings:
+            raise InputError(f"{what} has no '{key}', found: {', '.join(settings)}")
+    solver = _solver(settings["solver"])
     arguments = inspect.signature(solver_table).parameters
-    defaults = {key: arguments[key].default for key in GRID} | solver.options
-    _known(f"config key 'sampler': solver '{given['solver']}'", given, ["solver", "steps", "guidance", *defaults])
-    sampler = {"solver": None, "steps": None, "guidance": None, **defaults, **given}
+    defaults = {"guidance": 0.0} | {key: arguments[key].default for key in GRID} | solver.options
+    _known(f"{what}: solver '{settings['solver']}'", settings, ["solver", "steps", *defaults])
+    sampler = {"solver": None, "steps": None, **defaults, **settings}
     if not math.isfinite(sampler["guidance"]):
         raise InputError(f"guidance is {sampler['guidance']}, expected a finite number")
     return sampler | {"final_zero": final_zero_of(sampler["solver"], sampler["final_zero"])}

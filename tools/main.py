@@ -25,6 +25,12 @@ from mdm.plugins.errors import MdmError
 VERBS: Mapping[str, tuple[str, str]] = {
     "export": ("mdm.tools.export:command", "Make a bundle of ONNX graphs from a checkpoint."),
     "inspect": ("mdm.tools.inspect:command", "Show what is in a bundle."),
+    "generate": ("mdm.tools.sample:generate", "Make pictures from prompts or classes."),
+    "caption": ("mdm.tools.sample:caption", "Say what pictures show."),
+    "ask": ("mdm.tools.sample:ask", "Answer a question about a picture."),
+    "complete": ("mdm.tools.sample:complete", "Go on from texts."),
+    "joint": ("mdm.tools.sample:joint", "Make pictures together with texts that describe them."),
+    "turn": ("mdm.tools.sample:turn", "Go on in a dialogue: from a picture and a request to new ones."),
     "train": ("mdm.tools.train:command", "Train a model, or go on with one."),
     "bench": ("mdm.tools.bench.command:command", "Measure speed and memory."),
     "doctor": ("mdm.tools.doctor:command", "Say what works on this machine, and what to do about the rest."),

@@ -105,6 +105,20 @@ def test_a_table_computes_what_the_references_sampler_does(
 
 
 @each_solver
+def test_every_number_of_steps(solver: str, figure: Figure) -> None:
+    """1 to 50, each on one of the schedules and grids."""
+    z, worst = draw(3, 5), 0.0
+    for steps in range(1, 51):
+        spec, grid = SPECS[steps % len(SPECS)], GRIDS[steps // len(SPECS) % len(GRIDS)]
+        settings = {"solver": solver, "steps": steps, "t_start": 0.9973, **grid}
+        noise = draw(steps, 3, 5, seed=1)
+        theirs = sample(schedule=reference.make_schedule(spec), z=z, noise=noise, **settings)
+        rows = solver_table([make_schedule(spec)], **settings)
+        worst = max(worst, difference(run(rows, solver, z, noise), theirs))
+    figure(f"table of {solver}, 1 to 50 steps", worst, LIMIT)
+
+
+@each_solver
 def test_two_schedules_are_the_references_joint_one(solver: str, figure: Figure) -> None:
     z, worst = draw(2, 8, 4), 0.0
     for (text, image), steps, grid in cases([(SPECS[2], SPECS[0])]):
@@ -296,7 +310,7 @@ def test_a_models_sampler_has_every_field_pinned(name: str, task: str | None) ->
     ("sampler", "message"),
     [
         ({"steps": 5}, "'sampler' has no 'solver'"),
-        ({"solver": "dim"}, "'sampler' has no 'steps', found: guidance, solver"),
+        ({"solver": "dim"}, "'sampler' has no 'steps', found: solver"),
         ({"solver": "dimm", "steps": 5}, "unknown solver 'dimm'; did you mean 'dim'"),
         ({"solver": "dim", "steps": 5, "spacin": "karras"}, "has no option 'spacin'; did you mean 'spacing'"),
         ({"solver": "euler", "steps": 5, "solver_type": "heun"}, "solver 'euler' has no option 'solver_type'"),
