@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mdm.plugins.errors import EngineError
+from mdm.plugins.errors import MdmError
 from mdm.runtime.backend import Array, Backend, Buffer, Spec
 from mdm.runtime.noise import normal
 from mdm.runtime.solver import ROW, copy_row
@@ -51,13 +51,14 @@ class Lane:
     def __init__(self, backend: Backend, graph: str, tokens: int, slots: int) -> None:
         self.backend, self.name, self.tokens, self.slots = backend, graph, tokens, slots
         loaded = backend.graph(graph)
+        room = self.padded(slots)  # idle slots too have their rows
         self.jobs: list[Job] = []  # of slot 0, 1, ..
         self.turn = 0  # which of a pair of buffers holds the state
         self.edited = False  # hosts are ahead of the engine
         self.seen = True  # hosts show the engine's state
 
         def buffer(spec: Spec) -> Buffer:
-            return backend.buffer(spec.sized(batch=slots, tokens=tokens), spec.dtype)
+            return backend.buffer(spec.sized(batch=room, tokens=tokens), spec.dtype)
 
         self.pairs: dict[str, tuple[Buffer, Buffer]] = {}  # input -> now and next, by turn
         self.next_of: dict[str, str] = {}  # output -> the input that it becomes
@@ -78,13 +79,13 @@ class Lane:
         """Give a job the next slot."""
         self.look()
         slot = len(self.jobs)
-        self.jobs.append(job)
         fresh = {"point": job.state["base"], "mask": 1}  # before the first step; the rest is 0
         for name, pair in self.pairs.items():
             pair[self.turn].host[slot] = job.state.get(name, fresh.get(name, 0))
         for name, buffer in self.inputs.items():
             buffer.host[slot] = job.inputs.get(name, 0)
         self.edited = True
+        self.jobs.append(job)
 
     def leave(self, job: Job) -> None:
         """Free a job's slot, in which the last one's job goes on; `job.state` then holds the state again."""
@@ -109,21 +110,21 @@ class Lane:
 
     # -------------------------------------------------------------------------------------------------- stepping
 
-    def step(self, watched: Sequence[Job] = ()) -> dict[Job, EngineError]:
+    def step(self, watched: Sequence[Job] = ()) -> dict[Job, MdmError]:
         """One row of every job -> the jobs that failed: they must leave. The `watched` get their new x0."""
         count = self.padded(len(self.jobs))
         self.write_rows(count)
-        failed: dict[Job, EngineError] = {}
+        failed: dict[Job, MdmError] = {}
         try:
             self.run(0, count)
-        except EngineError as error:
+        except MdmError as error:
             # One of them may be to blame: each runs again alone, from the state that is still there.
             if len(self.jobs) == 1:
                 return {self.jobs[0]: error}
             for slot, job in enumerate(self.jobs):
                 try:
                     self.run(slot, 1)
-                except EngineError as error:
+                except MdmError as error:
                     failed[job] = error
         self.turn = 1 - self.turn
         self.seen = False

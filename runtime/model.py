@@ -263,7 +263,10 @@ def start_of(request: Request, shape: tuple[int, ...]) -> Array:
     """The start noise: the seed's, or what was given."""
     if request.noise is None:
         return normal(request.seed, request.sample, START, shape)
-    noise = np.asarray(request.noise)
-    if noise.shape != shape or noise.dtype.kind != "f" or not np.isfinite(noise).all():
-        raise InputError(f"noise is {noise.dtype} {list(noise.shape)}, expected finite floats {list(shape)}")
-    return noise.astype(np.float32)
+    given = np.asarray(request.noise)
+    if given.shape == shape and given.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what does not fit is refused below
+            noise = given.astype(np.float32)
+        if np.isfinite(noise).all():
+            return noise
+    raise InputError(f"noise is {given.dtype} {list(given.shape)}, expected finite float32 {list(shape)}")

@@ -24,7 +24,7 @@ def normal(seed: int, sample: int, stream: int, shape: Sequence[int]) -> npt.NDA
             raise InputError(f"{name} is {value!r}, expected a whole number of 0 to {LARGEST}")
     count = math.prod(shape)
     half = (count + 1) // 2
-    bits = np.random.Philox(key=[seed, sample], counter=[0, 0, stream, 0]).random_raw(2 * half)
+    bits = np.random.Philox(key=np.array([seed, sample], np.uint64), counter=[0, 0, stream, 0]).random_raw(2 * half)
     uniform = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0,1): its logarithm is finite
     radius, angle = np.sqrt(-2 * np.log(uniform[:half])), 2 * math.pi * uniform[half:]
     pairs = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])

@@ -64,10 +64,12 @@ class DeviceBuffer:
         self.value = OrtValue.ortvalue_from_numpy(self.host, device, number)
 
     def push(self) -> None:
-        self.value.update_inplace(self.host)
+        with engine_errors("copying to the device"):
+            self.value.update_inplace(self.host)
 
     def pull(self) -> None:
-        self.host[...] = self.value.numpy()
+        with engine_errors("copying from the device"):
+            self.host[...] = self.value.numpy()
 
     def address(self, row: int) -> int:
         return int(self.value.data_ptr()) + row * self.host.strides[0]
@@ -87,7 +89,8 @@ class OrtGraph:
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], first: int, count: int
     ) -> Callable[[], None]:
-        binding = self.session.io_binding()
+        session, graph = self.session, self.name
+        binding = session.io_binding()
         for tie, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
                 host = buffer.host
@@ -95,15 +98,15 @@ class OrtGraph:
                 tie(name, self.device, self.number, host.dtype.type, shape, buffer.address(first))
 
         def run() -> None:
-            with engine_errors(self.name):
+            with engine_errors(f"graph '{graph}'"):
                 binding.synchronize_inputs()
-                self.session.run_with_iobinding(binding)
+                session.run_with_iobinding(binding)
                 binding.synchronize_outputs()
 
         return run
 
     def run(self, wanted: Sequence[str], **inputs: Array) -> list[Array]:
-        with engine_errors(self.name):
+        with engine_errors(f"graph '{self.name}'"):
             found: list[Array] = self.session.run(list(wanted), inputs)
         return found
 
@@ -114,13 +117,13 @@ def specs_of(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Spec]:
 
 
 @contextmanager
-def engine_errors(graph: str) -> Iterator[None]:
+def engine_errors(what: str) -> Iterator[None]:
     """Turns what ONNX Runtime raises into one of our errors."""
     try:
         yield
     except Exception as error:  # ONNX Runtime's own classes, one for each status code
         said = " ".join(str(error).split())[:300]
-        raise EngineError(f"graph '{graph}' failed in ONNX Runtime: {said}") from error
+        raise EngineError(f"{what} failed in ONNX Runtime: {said}") from error
 
 
 class OrtBackend:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def load(
 class Pipeline:
     def __init__(self, model: Model, batch: int = BATCH) -> None:
         self.model, self.batch = model, batch
-        self.lanes: dict[tuple[str, int], Lane] = {}
+        self.lanes: dict[tuple[str, int], Lane] = {}  # of the run before, for the next one
 
     @property
     def tasks(self) -> list[str]:
@@ -110,13 +111,14 @@ class Pipeline:
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
-    def lane(self, graph: str, tokens: int) -> Lane:
-        """The lane for such jobs; lanes nobody is in are dropped where a new one is made."""
-        if (graph, tokens) not in self.lanes:
-            self.lanes = {key: lane for key, lane in self.lanes.items() if lane.jobs}
+    def lane(self, lanes: dict[tuple[str, int], Lane], graph: str, tokens: int) -> Lane:
+        """The lane for such jobs; those nobody is in are dropped where a new one is made."""
+        if (graph, tokens) not in lanes:
+            for key in [key for key, lane in lanes.items() if not lane.jobs]:
+                del lanes[key]
             slots = min([self.batch, *self.model.backend.batches[-1:]])
-            self.lanes[graph, tokens] = Lane(self.model.backend, graph, tokens, slots)
-        return self.lanes[graph, tokens]
+            lanes[graph, tokens] = Lane(self.model.backend, graph, tokens, slots)
+        return lanes[graph, tokens]
 
     def run(self, requests: Sequence[Request], callback: Callable[[Step], None] | None = None) -> list[Result]:
         """All of these requests, in their order, whatever their tasks; the first that fails ends the call."""
@@ -128,7 +130,8 @@ class Pipeline:
     ) -> Iterator[tuple[int, Result]]:
         """The same, each with its place among the requests, as soon as it is there."""
         prepared = [one if isinstance(one, Prepared) else self.model.prepare(one) for one in requests]
-        scheduler = Scheduler(self.lane, queue=len(prepared))
+        lanes, self.lanes = self.lanes, {}  # another run, begun before this one ends, makes its own
+        scheduler = Scheduler(partial(self.lane, lanes), queue=len(prepared))
         index_of: dict[Ticket, int] = {}
 
         def watch(ticket: Ticket) -> None:
@@ -145,6 +148,7 @@ class Pipeline:
                     if ticket.error is not None:
                         raise ticket.error
                     yield index_of[ticket], self.finish(prepared[index_of[ticket]], ticket)
+            self.lanes = lanes
         except BaseException as error:  # also where the caller goes away
             scheduler.close(error)
             raise

@@ -103,7 +103,8 @@ class Scheduler:
                     ended.append(ticket)
             elif job.lane != (lane.name, lane.tokens) and ticket.ended is None:
                 self.vacate(ticket)
-                self.waiting.appendleft(ticket)  # it is on its way: it goes before those that have not begun
+                # It is on its way: it goes before those that have not begun, after those on theirs.
+                self.waiting.insert(sum(other.started is not None for other in self.waiting), ticket)
         return ended
 
     def expire(self) -> list[Ticket]:
@@ -118,29 +119,25 @@ class Scheduler:
 
     def admit(self) -> list[Ticket]:
         """Let those who wait join, in order, each into its own lane -> the requests whose lane cannot be had."""
-        passed: deque[Ticket] = deque()
         ended, full = [], set()
-        while self.waiting:
-            ticket = self.waiting.popleft()
+        for ticket in list(self.waiting):
             wanted = ticket.job.lane
             if wanted in full:
-                passed.append(ticket)
                 continue
             try:
                 lane = self.lane_of(*wanted)
                 if len(lane.jobs) >= lane.slots:
                     full.add(wanted)
-                    passed.append(ticket)
                     continue
                 lane.join(ticket.job)
             except MdmError as error:
-                ticket.error, ticket.ended = error, self.clock()
+                self.end(ticket, error)
                 ended.append(ticket)
                 continue
+            self.waiting.remove(ticket)
             ticket.lane = lane
             ticket.started = ticket.started if ticket.started is not None else self.clock()
             self.running.setdefault(lane, {})[ticket.job] = ticket
-        self.waiting = passed
         return ended
 
     def vacate(self, ticket: Ticket) -> None:

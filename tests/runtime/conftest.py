@@ -4,7 +4,12 @@
         os.truncate(folder / "step_image.onnx", 5)
         assert "has 5 bytes" in refusal(folder)
 
-The reader parses no graph, so the graphs hold any bytes.
+The reader parses no graph, so the graphs hold any bytes. For the pipelines: `deployed`, real bundles beside the models
+they were made from, and `spoil`, a copy of one with something changed.
+
+    def test_shape(deployed, spoil):
+        assert deployed("mdm").pipeline.joint()[0].latents.shape == (24, 12)
+        load(spoil("mdm", lambda manifest, folder: manifest["graphs"].pop("decode_text")))
 """
 
 from __future__ import annotations
@@ -14,10 +19,13 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,6 +33,9 @@ from safetensors.numpy import save
 
 from mdm.plugins.errors import MdmError
 from mdm.runtime.bundle import manifest_schema, open_bundle
+
+if TYPE_CHECKING:
+    from mdm.runtime import Pipeline
 
 CONTENT: dict[str, bytes] = {
     "step_image.onnx": b"not really a graph" * 20,
@@ -155,3 +166,106 @@ def refusal() -> Callable[[Path], str]:
         return said
 
     return use_all
+
+
+# ------------------------------------------------------------------------------------------------- real bundles
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A bundle, and what it was exported from."""
+
+    bundle: Path
+    checkpoint: Path
+    config: Any  # a preset's name, or a dict
+
+    def model(self, size: int | None = None) -> Any:
+        """The PyTorch model, at another picture size if asked: in pixels, or in an external autoencoder's latents."""
+        from dataclasses import replace
+
+        from mdm.reference import load_config, load_model
+
+        config = load_config(self.config)
+        return load_model(self.checkpoint, config if size is None else replace(config, image_size=size))
+
+    @cached_property
+    def truth(self) -> Any:
+        return self.model()
+
+    def load(self, **options: Any) -> Pipeline:
+        from mdm.runtime import load
+
+        return load(self.bundle, **{"threads": 1, **options})
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        return self.load()
+
+
+# Of each bundle: what differs from the tiny config, and what is exported beside.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mdm": ({}, {"image_sizes": [48]}),
+    "keep": ({"keep": 0.5}, {}),
+    "dim": ({"family": "dim"}, {"image_sizes": [12], "upsample": [2]}),
+    "latent": ({"family": "dim", "in_channels": 4}, {"image_sizes": [12]}),
+}
+
+
+@pytest.fixture(scope="session")
+def deployed(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., dict[str, Any]], tiny_model: Callable[..., Any]
+) -> Callable[[str], Deployed]:
+    """deployed("mdm"): each bundle is exported once a session, when first asked for, and only to be read.
+
+    "shipped" is the shipped checkpoint; the others have random weights: "mdm" at 32 and 48 pixels, "keep", which
+    selects tokens, "dim" at 8 and 12 pixels and with upsample guidance at 16, "latent" with an external autoencoder
+    (`vae.safetensors` beside its checkpoint) at 16 and 24 pixels.
+    """
+
+    @cache
+    def make(name: str) -> Deployed:
+        import torch
+        from safetensors.torch import save_file
+
+        from mdm.export import export_bundle
+        from mdm.reference import SHIPPED_CHECKPOINT, SHIPPED_TOKENIZER, build_model, load_config
+        from mdm.reference.autoencoder import Autoencoder, AutoencoderShape
+
+        folder = tmp_path_factory.mktemp(name)
+        if name == "shipped":
+            bundle = export_bundle(SHIPPED_CHECKPOINT, "mdm-tiny", folder / "shipped.bundle", validate=False)
+            return Deployed(bundle, SHIPPED_CHECKPOINT, "mdm-tiny")
+        changes, options = CASES[name]
+        config, checkpoint = tiny(**changes), folder / f"{name}.safetensors"
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            model = build_model(load_config(config)) if config["family"] == "dim" else tiny_model(**changes)
+            save_file(model.state_dict(), checkpoint)
+            if name == "latent":
+                autoencoder = Autoencoder(AutoencoderShape(channels=(32, 32), blocks=1))
+                save_file(autoencoder.state_dict(), folder / "vae.safetensors")
+                options = options | {"autoencoder": folder / "vae.safetensors"}
+        if config["family"] == "mdm":
+            options = options | {"tokenizer": SHIPPED_TOKENIZER}
+        bundle = export_bundle(checkpoint, config, folder / f"{name}.bundle", validate=False, **options)
+        return Deployed(bundle, checkpoint, config)
+
+    return make
+
+
+@pytest.fixture
+def spoil(deployed: Callable[[str], Deployed], tmp_path: Path) -> Callable[..., Path]:
+    """spoil("mdm", change): a copy of that bundle. The change is given its manifest and folder; all is signed anew."""
+
+    def made(name: str, change: Callable[[dict[str, Any], Path], object]) -> Path:
+        folder = tmp_path / "spoiled.bundle"
+        shutil.copytree(deployed(name).bundle, folder)
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        change(manifest, folder)
+        for file, signed in manifest["files"].items():
+            content = (folder / file).read_bytes()
+            signed |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return made
