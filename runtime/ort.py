@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mdm.plugins import register
 from mdm.plugins.contract import DOMAIN, SELECTIVE_SCAN
 from mdm.plugins.errors import EngineError, EnvironmentLackError, InputError
+from mdm.plugins.machine import cores
 from mdm.runtime.backend import Array, Buffer, Graph, Spec
 from mdm.runtime.bundle import Bundle
 from mdm.runtime.words import nearest
@@ -61,7 +62,8 @@ class DeviceBuffer:
         from onnxruntime import OrtValue
 
         self.host = np.zeros(shape, dtype)
-        self.value = OrtValue.ortvalue_from_numpy(self.host, device, number)
+        with engine_errors("allocating on the device"):
+            self.value = OrtValue.ortvalue_from_numpy(self.host, device, number)
 
     def push(self) -> None:
         with engine_errors("copying to the device"):
@@ -155,6 +157,8 @@ class OrtBackend:
                 f"backend '{name}' needs ONNX Runtime's {self.provider}, found {', '.join(found)}\n"
                 'Install it in an environment without onnxruntime: pip install "mdm-deploy[gpu]"'
             )
+        if self.device == "cuda":
+            onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them, where ONNX Runtime would not look
         if bundle.manifest["precision"] == "bf16" and name == "ort-cpu":
             raise EnvironmentLackError(
                 f"bundle '{bundle.path}' is in bfloat16, which ONNX Runtime's CPU cannot compute\n"
@@ -180,6 +184,11 @@ class OrtBackend:
                 f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' of bundle '{self.bundle.path}':\n"
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
+        if self.provider not in session.get_providers():  # it fell back to the CPU
+            raise EnvironmentLackError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load its {self.provider}: CUDA or cuDNN is missing\n"
+                "mdm doctor says which"
+            )
         return OrtGraph(name, session, self.bundle.graph(name), self.device, self.number)
 
     def options(self, name: str) -> SessionOptions:
@@ -187,7 +196,8 @@ class OrtBackend:
 
         options = SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads or 0
+        # Left alone, ONNX Runtime starts a thread for each core of the machine, also where a process may use but few.
+        options.intra_op_num_threads = self.threads or cores().threads
         # Threads that wait actively after a run would take the cores from the next graph's.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import sentencepiece
-
 from mdm.plugins.errors import InputError
 from mdm.runtime.json_schema import told
 
@@ -15,6 +13,8 @@ UNKNOWN = 1  # what SentencePiece makes of characters it has no piece for
 
 class Tokenizer:
     def __init__(self, model: bytes, vocabulary: int, pad: int) -> None:
+        import sentencepiece  # many models have no text
+
         self.model = sentencepiece.SentencePieceProcessor()
         try:
             self.model.LoadFromSerializedProto(model)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 # Before torch or numpy is imported. The tests' tensors are tiny, where a second thread only costs, and
@@ -109,6 +110,19 @@ def tiny_model() -> Callable[..., MDM]:
         return made.requires_grad_(False)
 
     return model
+
+
+@pytest.fixture
+def system_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """system_files({"proc/meminfo": "..."}): what the machine tells of itself is in these files, and in no others."""
+
+    def make(files: dict[str, str]) -> None:
+        monkeypatch.setattr("mdm.plugins.machine.ROOT", tmp_path)
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content + "\n")
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,84 +1,287 @@
-"""`mdm doctor`: what this installation can do, and what to do about the rest."""
+"""`mdm doctor`: what this machine can do with bundles, and what to do about the rest.
+
+Every line says yes or no, and a no says what to do. Scripts go by the exit code, as with `brew doctor`: 0 if a backend
+runs bundles here, or BUNDLE if one is named, else 3. Few machines have everything, so a no alone is no failure; a
+BUNDLE that is no bundle is bad input, 2. Nothing that is missing or broken stops the other checks.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import math
+import os
 import platform
-from collections.abc import Callable, Iterator
+import re
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from mdm.tools.options import json_option, print_json
+from mdm.plugins.errors import EngineError, EnvironmentLackError, MdmError
+from mdm.plugins.machine import allowed, cores, free_memory, read
+from mdm.tools.gpus import gpus
+from mdm.tools.options import FILE, json_option, print_json
 
-# What an extra of this package brings: distribution -> (extra, what it is for)
-PARTS = {
-    "onnxruntime": ("cpu", "runs bundles on the CPU"),
-    "onnxruntime-gpu": ("gpu", "runs bundles on an NVIDIA GPU"),
-    "torch": ("export", "the reference models and the exporter"),
-    "onnx": ("export", "the exporter"),
-    "tensorrt": ("tensorrt", "builds and runs TensorRT engines"),
+if TYPE_CHECKING:
+    from mdm.runtime.bundle import Bundle
+
+REQUIREMENT = re.compile(r"([\w.-]+)\s*([^;]*?)\s*(?:;.*extra == .(\w+).)?")
+ENGINES = 'pip install "mdm-deploy[cpu]", or "mdm-deploy[gpu]" for an NVIDIA GPU'
+FLAGS = {  # instruction set -> what the CPU has to have, as plugins/cpu/dispatch.cpp asks
+    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c"},
 }
+# An ONNX model, y = MatMul(x, x) with x [2,2]: onnx may not be here to make one.
+MODEL = b64decode(
+    "CAk6QAoRCgF4CgF4EgF5IgZNYXRNdWwSAWdaEwoBeBIOCgwIARIICgIIAgoCCAJiEwoBeRIOCgwIARIICgIIAgoCCAJCBAoAEBQ="
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: a thing, whether it is there, and what there is to say."""
+    """One line: what was looked at, whether it is well, and what there is to say."""
 
+    section: str
     name: str
     there: bool
     said: str
 
 
 @click.command("doctor")
+@click.argument("bundle", type=FILE, required=False)
 @json_option
-def command(as_json: bool) -> None:
-    """Say what is installed, what works here, and what to do about the rest."""
-    found = list(findings())
+@click.pass_context
+def command(context: click.Context, bundle: Path | None, as_json: bool) -> None:
+    """Say what works on this machine, and what to do about the rest; of BUNDLE, whether it runs here.
+
+    Exit code 0: a backend runs bundles, or BUNDLE if it is named; 3: none does.
+    """
+    found: list[Finding] = []
+    for one in findings(bundle):
+        if not as_json:
+            show(one, first=not found or one.section != found[-1].section)
+        found.append(one)
+    section = "bundle" if bundle else "backends"
+    able = [one.name for one in found if one.section == section and one.there and one.name.startswith("ort-")]
     if as_json:
-        print_json({"findings": [asdict(one) for one in found]})
-        return
-    for one in found:
-        lines = one.said.splitlines()
-        click.echo(f"{'yes' if one.there else 'no ':3}  {one.name:20} {lines[0]}")
-        for line in lines[1:]:
-            click.echo(f"{'':26}{line}")
+        print_json({"backends": able, "findings": [asdict(one) for one in found]})
+    else:
+        what = f"'{bundle}' runs" if bundle else "bundles run"
+        click.echo(f"{what} on this machine: {', '.join(able) or 'no, see above'}")
+    if not able:
+        context.exit(EnvironmentLackError.exit_code)
 
 
-def findings() -> Iterator[Finding]:
-    yield Finding("python", True, f"{platform.python_version()} on {platform.machine()}")
-    for name, (extra, purpose) in PARTS.items():
-        try:
-            yield Finding(name, True, f"{version(name)}: {purpose}")
-        except PackageNotFoundError:
-            yield Finding(name, False, f'{purpose}; pip install "mdm-deploy[{extra}]"')
-    yield _tried("scan library", _scan_library)
-    yield _tried("scan library works", _scan)
+def show(finding: Finding, first: bool) -> None:
+    if first:
+        click.echo(finding.section)
+    said = "".join(c if c.isprintable() or c == "\n" else "?" for c in finding.said)  # a bundle is a stranger's
+    for number, line in enumerate(said.splitlines()):
+        mark, name = ("yes" if finding.there else "no", finding.name) if number == 0 else ("", "")
+        click.echo(f"  {mark:3}  {name:14} {line}")
 
 
-def _tried(name: str, try_it: Callable[[], str]) -> Finding:
-    """A check that says what it found, or raises one of our errors."""
-    from mdm.plugins.errors import MdmError
+def findings(path: Path | None = None) -> Iterator[Finding]:
+    yield from packages()
+    yield tried("machine", "cores", said_of_cores)
+    yield tried("machine", "memory", lambda: f"{free_memory() / 1e9:.1f} GB free")
+    yield tried("machine", "gpu", lambda: "\n".join(said for said, _ in gpus()))
+    runs = [tried("backends", "ort-cpu", partial(run_model, "ort-cpu")), tried("backends", "ort-cuda", ort_cuda)]
+    yield from (*runs, tried("backends", "tensorrt", tensorrt), tried("backends", "scan library", scan_library))
+    able = [one.name for one in runs if one.there]
+    if path is not None and able:
+        from mdm.runtime.bundle import open_bundle
 
+        bundle = open_bundle(path)
+        yield tried("bundle", "opened", partial(facts, bundle))
+        yield from (tried("bundle", name, partial(one_step, bundle, name)) for name in able)
+
+
+def tried(section: str, name: str, check: Callable[[], str]) -> Finding:
+    """What a check says, or what it fails with."""
     try:
-        return Finding(name, True, try_it())
+        return Finding(section, name, True, check())
     except MdmError as error:
-        return Finding(name, False, str(error))
+        return Finding(section, name, False, str(error))
+    except Exception as error:  # whatever a missing or broken package raises
+        said = " ".join(str(error).split())[:300]
+        return Finding(section, name, False, f"{type(error).__name__}: {said}\ninstall what is named here again")
 
 
-def _scan_library() -> str:
-    from mdm.plugins.library import cpu_library_path, instruction_set
-
-    return f"{instruction_set()} kernels, {cpu_library_path()}"
+# ------------------------------------------------------------------------------------------------------- packages
 
 
-def _scan() -> str:
-    """Registers it with the ONNX Runtime that is installed."""
-    from mdm.plugins import register
-    from mdm.runtime import require_engine
+def packages() -> Iterator[Finding]:
+    """What mdm-deploy's own metadata asks for, against what is installed."""
+    yield Finding("installed", "python", True, f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    try:
+        wanted = requires("mdm-deploy") or []
+    except PackageNotFoundError:
+        yield Finding("installed", "mdm-deploy", False, "it runs from its sources\nin their folder: pip install -e .")
+        return
+    yield Finding("installed", "mdm-deploy", True, version("mdm-deploy"))
+    engines = {}
+    for line in wanted:
+        found = REQUIREMENT.fullmatch(line)
+        name, bounds, extra = found.groups() if found else (line, "", None)
+        if extra in ("cpu", "gpu"):
+            engines[name] = bounds
+        elif extra in (None, "export"):
+            yield tried("installed", name, partial(package, name, bounds, extra))
+    yield tried("installed", "engine", partial(engine, engines))
+
+
+def package(name: str, bounds: str, extra: str | None = None) -> str:
+    try:
+        found = version(name)
+    except PackageNotFoundError as error:
+        why, whole = "mdm-deploy needs it", f"{name}{bounds}"
+        if extra:
+            why, whole = "to export, train and evaluate; bundles run without", f"mdm-deploy[{extra}]"
+        raise EnvironmentLackError(f'{why}\npip install "{whole}"') from error
+    for sign, bound in re.findall(r"(>=|<)([\d.]+)", bounds):
+        if (numbers(found) < numbers(bound)) == (sign == ">="):
+            raise EnvironmentLackError(f'{found}, expected {bounds}\npip install "{name}{bounds}"')
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """A version's numbers: 2.13.0+cpu -> [2, 13, 0]."""
+    return [int(part) for part in re.split(r"[^\d.]", text)[0].split(".") if part]
+
+
+def engine(bounds: Mapping[str, str]) -> str:
+    """Several distributions bring the module onnxruntime; there should be one of them."""
+    found = sorted(set(packages_distributions().get("onnxruntime", ())))
+    if not found:
+        raise EnvironmentLackError(f"none\n{ENGINES}")
+    if len(found) > 1:
+        raise EnvironmentLackError(
+            f"{' and '.join(found)} overwrote parts of each other\n"
+            f"pip uninstall {' '.join(found)}\nthen one of them: {ENGINES}"
+        )
+    return f"{found[0]} {package(found[0], bounds.get(found[0], ''))}"
+
+
+# -------------------------------------------------------------------------------------------------------- machine
+
+
+def said_of_cores() -> str:
+    found, logical = cores(), os.cpu_count() or 1
+    said = f"{found.usable} of {found.total} usable ({len(list(allowed()))} of {logical} logical)"
+    said += f"; a control group grants the time of {found.granted:g}" if found.granted < math.inf else ""
+    if omp := os.environ.get("OMP_NUM_THREADS"):
+        said += f"; ONNX Runtime does not go by OMP_NUM_THREADS={omp}"
+    return f"{said}; bundles run on {found.threads} unless --threads is given"
+
+
+# ------------------------------------------------------------------------------------------------------- backends
+
+
+def run_model(backend: str) -> str:
+    """Runs a product of matrices: an engine may be installed and yet not load."""
+    from mdm.runtime.ort import PROVIDERS, require_engine
 
     require_engine()
+    import numpy as np
     import onnxruntime
 
-    register(onnxruntime.SessionOptions())
-    return f"ONNX Runtime {onnxruntime.__version__} takes it"
+    this, (provider, device) = f"ONNX Runtime {onnxruntime.__version__}", PROVIDERS[backend]
+    if provider not in onnxruntime.get_available_providers():
+        raise EnvironmentLackError(
+            f"{this}, as it is installed, has no {provider}\n"
+            'pip uninstall onnxruntime, then pip install "mdm-deploy[gpu]"'
+        )
+    onnxruntime.set_default_logger_severity(4)  # what it would print is said here
+    session = onnxruntime.InferenceSession(MODEL, providers=[provider])
+    if provider not in session.get_providers():  # it fell back to the CPU
+        raise EnvironmentLackError(
+            f"{this} cannot load its {provider}\n{why_not_loaded(onnxruntime.__file__)}\n"
+            "install the CUDA and cuDNN that it wants where the system finds them, or name them in LD_LIBRARY_PATH"
+        )
+    x = np.array([[1, 2], [3, 4]], np.float32)
+    if not np.array_equal(session.run(None, {"x": x})[0], x @ x):
+        raise EngineError(f"{this} computes a product of matrices wrong ({device})\ninstall it again")
+    return f"runs graphs by {this}"
+
+
+def why_not_loaded(onnxruntime: str) -> str:
+    try:
+        ctypes.CDLL(str(Path(onnxruntime).parent / "capi" / "libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        return str(error)
+    return "CUDA or cuDNN is missing or too old"
+
+
+def ort_cuda() -> str:
+    try:
+        gpus()
+    except EnvironmentLackError as error:
+        raise EnvironmentLackError("no GPU that works, see above\nwithout one use ort-cpu") from error
+    return run_model("ort-cuda")
+
+
+def tensorrt() -> str:
+    try:
+        there = f"TensorRT {version('tensorrt')} is installed"
+    except PackageNotFoundError:
+        there = "TensorRT is not installed either"
+    raise EnvironmentLackError(f"not yet part of this version of mdm-deploy; {there}\nuse ort-cuda on an NVIDIA GPU")
+
+
+def scan_library() -> str:
+    """The kernels it uses, and where MDM_CPU_ISA keeps it from better ones; then the engine has to take it."""
+    from mdm.plugins.library import cpu_library_path, instruction_set, register
+
+    used = instruction_set()
+    cpu = re.search(r"^flags\s*:(.*)$", read("proc/cpuinfo"), re.MULTILINE)
+    best = next((name for name, flags in FLAGS.items() if cpu and flags <= set(cpu[1].split())), used)
+    limited = "" if used == best else f", as MDM_CPU_ISA asks; this CPU has {best}"
+    from onnxruntime import SessionOptions
+
+    register(SessionOptions())
+    return f"{used} kernels{limited}; {cpu_library_path()}"
+
+
+# --------------------------------------------------------------------------------------------------------- bundle
+
+
+def facts(bundle: Bundle) -> str:
+    model = bundle.manifest
+    size = f"{model['parameters'] / 1e6:.1f}M parameters in {model['precision']}"
+    return f"{model['name']}, {size}\ntasks: {', '.join(model['tasks'])}"
+
+
+def one_step(bundle: Bundle, backend: str) -> str:
+    """Runs the smallest step graph, if there is memory for the largest."""
+    import numpy as np
+
+    from mdm.runtime.ort import OrtBackend
+
+    engine = OrtBackend(bundle, backend)  # refuses what it cannot compute: bfloat16 on the CPU
+    need = max(map(engine.size_of, bundle.manifest["graphs"]))
+    room = free_memory() if backend == "ort-cpu" else gpus()[0][1]
+    said = f"a loaded graph takes about {need / 1e6:.0f} MB of {room / 1e9:.1f} GB"
+    if need > room:
+        raise EnvironmentLackError(f"{said}, so it was not tried\nfree some memory, or take a larger machine")
+    steps = {name: one for name, one in bundle.manifest["graphs"].items() if one["role"] == "step"}
+    name = min(steps, key=lambda name: (len(steps[name]["modalities"]), steps[name]["nodes"]))
+    graph = engine.graph(name)
+    tokens = min(bundle.manifest["text"]["lengths"]) if bundle.manifest["text"] else 0
+    inputs = {
+        # Ones in the solver's row: it divides by some of it.
+        name: np.full(spec.sized(batch=1, tokens=tokens), spec.dtype.kind == "f", spec.dtype)
+        for name, spec in graph.inputs.items()
+    }
+    start = time.monotonic()
+    made = graph.run(list(graph.outputs), **inputs)
+    seconds = time.monotonic() - start
+    if not all(np.isfinite(one).all() for one in made):
+        raise EngineError(f"graph '{name}' computes numbers that are not finite\nexport the checkpoint again in fp32")
+    return f"{name} makes a step in {seconds:.2g} s; {said}"

@@ -1,45 +1,224 @@
-"""`mdm doctor`: what is there, what is not and what to do; it never fails."""
+"""`mdm doctor`: what is there, what is not and what to do; whatever is missing, it goes on. Machines are folders with
+/proc and /sys, the NVIDIA driver is a small library that the test compiles."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mdm.plugins import library
+from mdm.plugins.errors import EnvironmentLackError
 from mdm.plugins.library import instruction_set
+from mdm.tools import doctor, gpus
 from mdm.tools.main import main
 
 Out = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+Findings = dict[str, doctor.Finding]
 
 
-def report(capsys: Out) -> dict[str, dict[str, object]]:
+def report(*section: str) -> Findings:
+    """The findings by name, of some sections."""
+    return {one.name: one for one in doctor.findings() if not section or one.section in section}
+
+
+# --------------------------------------------------------------------------------------------- what is said, and how
+
+
+def test_all_is_found_here(capsys: Out) -> None:
     assert main(["doctor", "--json"]) == 0
-    return {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
-
-
-def test_it_finds_the_library_and_registers_it(capsys: Out) -> None:
-    found = report(capsys)
+    said = json.loads(capsys.readouterr().out)
+    found = {one["name"]: one for one in said["findings"]}
+    assert said["backends"][0] == "ort-cpu"
     assert found["scan library"]["there"]
-    assert str(found["scan library"]["said"]).startswith(instruction_set())
-    assert found["scan library works"]["there"]
-    assert found["torch"]["there"]
+    assert found["scan library"]["said"].startswith(instruction_set())
+    assert all(found[name]["there"] for name in ("python", "numpy", "pillow", "sentencepiece", "torch", "engine"))
+    assert not found["tensorrt"]["there"]
+    assert "not yet part of this version" in found["tensorrt"]["said"]
 
 
-def test_a_lacking_library_comes_with_advice(capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "FILE", "nowhere.so")
-    found = report(capsys)
-    assert not found["scan library"]["there"]
-    assert "install g++ or clang++" in str(found["scan library"]["said"])
+def test_lines_are_short_and_a_no_says_what_to_do() -> None:
+    for one in doctor.findings():
+        lines = one.said.splitlines()
+        assert 1 <= len(lines) <= 3, one
+        assert one.there or len(lines) > 1, one
+
+
+def test_a_person_reads_sections(capsys: Out) -> None:
     assert main(["doctor"]) == 0
-    assert "no   scan library " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line in ("installed", "machine", "backends", "bundle")] == [
+        "installed", "machine", "backends",
+    ]  # fmt: skip
+    assert "\n  yes  numpy          " in out
+    assert out.splitlines()[-1].startswith("bundles run on this machine: ort-cpu")
 
 
-def test_an_absent_package_names_its_extra(capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mdm.tools.doctor.PARTS", {"no-such-package": ("gpu", "flies")})
-    found = report(capsys)
-    assert found["no-such-package"] == {
-        "name": "no-such-package",
-        "there": False,
-        "said": 'flies; pip install "mdm-deploy[gpu]"',
-    }
+def test_what_a_stranger_wrote_does_not_steer_the_terminal(capsys: Out) -> None:
+    doctor.show(doctor.Finding("bundle", "opened", True, "\x1b[31mred\nnext"), first=True)
+    assert capsys.readouterr().out == f"bundle\n  yes  opened         ?[31mred\n{'':22}next\n"
+
+
+# ------------------------------------------------------------------------------------------------ what is missing
+
+
+@pytest.mark.parametrize("module", ["onnxruntime", "numpy", "sentencepiece", "torch", "onnx", "PIL", "safetensors"])
+def test_it_works_without(module: str) -> None:
+    """In a process of its own, where an import of the module fails as where it is not installed."""
+    code = f"import sys; sys.modules[{module!r}] = None; from mdm.tools.main import main; sys.exit(main(['doctor']))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    needed = module in ("onnxruntime", "numpy")
+    assert run.returncode == (3 if needed else 0), run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout.splitlines()[-1].startswith("bundles run on this machine: " + ("no" if needed else "ort-cpu"))
+
+
+def test_an_absent_package_says_how_to_get_it(monkeypatch: Patch) -> None:
+    def nothing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", lambda name: ["numpy<3,>=1.26", 'torch<2.14,>=2.13; extra == "export"'])
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "mdm-deploy" else nothing(name))
+    found = report("installed")
+    assert found["numpy"].said.endswith('pip install "numpy<3,>=1.26"')
+    assert found["torch"].said.endswith('pip install "mdm-deploy[export]"')
+
+
+@pytest.mark.parametrize(
+    ("found", "fits"), [("1.22.0", True), ("1.31.1", True), ("1.21.9", False), ("2.0.0rc1", False), ("1.22", True)]
+)
+def test_versions_are_held_to_what_is_asked_for(found: str, fits: bool, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: found)
+    if fits:
+        assert doctor.package("onnxruntime", "<2,>=1.22") == found
+        return
+    with pytest.raises(EnvironmentLackError, match=r"expected <2,>=1.22\npip install \"onnxruntime<2,>=1.22\""):
+        doctor.package("onnxruntime", "<2,>=1.22")
+
+
+def test_two_engines_in_one_environment_are_a_fault(monkeypatch: Patch) -> None:
+    both = {"onnxruntime": ["onnxruntime", "onnxruntime-gpu", "onnxruntime"]}
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: both)
+    with pytest.raises(EnvironmentLackError, match="pip uninstall onnxruntime onnxruntime-gpu\n"):
+        doctor.engine({})
+    monkeypatch.setattr(doctor, "packages_distributions", dict)
+    with pytest.raises(EnvironmentLackError, match=r"^none\npip install \"mdm-deploy\[cpu\]\""):
+        doctor.engine({})
+
+
+def test_a_lacking_library_comes_with_advice(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(library, "FILE", "nowhere.so")
+    found = report("backends")
+    assert not found["scan library"].there
+    assert "install g++ or clang++" in found["scan library"].said
+    assert found["ort-cpu"].there
+
+
+@pytest.mark.skipif(instruction_set() != "avx512", reason="asks for less than this machine's best")
+def test_lesser_instructions_are_told(monkeypatch: Patch) -> None:
+    code = "from mdm.tools.doctor import scan_library; print(scan_library())"
+    less = {**os.environ, "MDM_CPU_ISA": "avx2"}
+    said = subprocess.run([sys.executable, "-c", code], env=less, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("avx2 kernels, as MDM_CPU_ISA asks; this CPU has avx512; ")
+
+
+# ----------------------------------------------------------------------------------------------------------- GPUs
+
+
+def test_a_driver_without_a_gpu_is_an_answer(driver: Callable[[int], None]) -> None:
+    driver(100)
+    found = report("machine", "backends")
+    assert "cuInit says: no CUDA-capable device is detected\n" in found["gpu"].said
+    assert found["ort-cuda"].said == "no GPU that works, see above\nwithout one use ort-cpu"
+
+
+def test_a_gpu_alone_does_not_make_the_backend(driver: Callable[[int], None]) -> None:
+    pytest.importorskip("onnxruntime")
+    driver(0)
+    found = report("machine", "backends")
+    assert found["gpu"].there
+    assert not found["ort-cuda"].there  # there is no CUDA behind the driver, whichever ONNX Runtime is installed
+
+
+def test_no_driver_is_an_answer(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(gpus, "CUDA", "libnowhere.so.1")
+    assert report("machine")["gpu"].said.startswith("no NVIDIA driver (libnowhere.so.1), so none\n")
+
+
+# ------------------------------------------------------------------------------------------------------- a bundle
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch", reason="torch (extra export) is not installed")
+    from mdm.export import export_bundle
+    from mdm.reference import SHIPPED_CHECKPOINT
+
+    out = tmp_path_factory.mktemp("doctor") / "tiny.bundle"
+    return export_bundle(SHIPPED_CHECKPOINT, "mdm-tiny", out, validate=False)
+
+
+def test_a_bundle_is_tried(bundle: Path, capsys: Out) -> None:
+    assert main(["doctor", str(bundle)]) == 0
+    out = capsys.readouterr().out
+    assert "tiny, 1.1M parameters in fp32" in out
+    assert "step_text makes a step in " in out
+    assert out.splitlines()[-1] == f"'{bundle}' runs on this machine: ort-cpu"
+    assert main(["doctor", str(bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"] == ["ort-cpu"]
+
+
+def changed(bundle: Path, folder: Path, **changes: object) -> Path:
+    copy = folder / "changed.bundle"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | changes))
+    return copy
+
+
+def test_bfloat16_does_not_run_on_a_cpu(bundle: Path, tmp_path: Path, capsys: Out) -> None:
+    path = changed(bundle, tmp_path, precision="bf16")
+    assert main(["doctor", str(path)]) == 3
+    out = capsys.readouterr().out
+    assert "no   ort-cpu" in out
+    assert "is in bfloat16, which ONNX Runtime's CPU cannot compute" in out
+    assert out.splitlines()[-1] == f"'{path}' runs on this machine: no, see above"
+
+
+def test_what_does_not_fit_is_not_tried(bundle: Path, capsys: Out, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(doctor, "free_memory", lambda: 1e6)
+    assert main(["doctor", str(bundle), "--json"]) == 3
+    last = json.loads(capsys.readouterr().out)["findings"][-1]
+    assert last["said"].startswith("a loaded graph takes about 6 MB of 0.0 GB, so it was not tried\n")
+
+
+def test_numbers_that_are_not_finite_are_a_fault(bundle: Path, monkeypatch: Patch) -> None:
+    from mdm.runtime.bundle import open_bundle
+    from mdm.runtime.ort import OrtGraph
+
+    monkeypatch.setattr(OrtGraph, "run", lambda *given, **inputs: [np.array([1.0, np.nan])])
+    found = doctor.tried("bundle", "ort-cpu", lambda: doctor.one_step(open_bundle(bundle), "ort-cpu"))
+    assert not found.there
+    assert "not finite" in found.said
+
+
+def test_what_is_no_bundle_is_bad_input(tmp_path: Path, capsys: Out) -> None:
+    assert main(["doctor", str(tmp_path / "nothing"), "--json"]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["error"]["exit_code"] == 2
+    assert "is not a folder" in said.err
+
+
+def test_without_an_engine_no_bundle_runs(bundle: Path, capsys: Out, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("mdm.runtime.ort.find_spec", lambda name: None)
+    assert main(["doctor", str(bundle)]) == 3
+    assert capsys.readouterr().out.splitlines()[-1].endswith("no, see above")
