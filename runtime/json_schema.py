@@ -139,5 +139,9 @@ def told(value: Any) -> str:
     """A stranger's value in an error: one short line whatever it holds."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(value)} characters)"
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number beyond 4300 digits
+        return "a very long number"
+    length = len(value) if isinstance(value, str) else len(text)
+    return text if len(text) <= 80 else f"{text[:60]}... ({length} characters)"

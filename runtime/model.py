@@ -17,9 +17,10 @@ import numpy as np
 from mdm.plugins.errors import EngineError, InputError
 from mdm.runtime.backend import Array, Backend
 from mdm.runtime.bundle import Bundle, manifest_schema
+from mdm.runtime.consistency import check_model
 from mdm.runtime.json_schema import parse_json, told, validate
 from mdm.runtime.lane import Job
-from mdm.runtime.noise import START, normal
+from mdm.runtime.noise import START, check_key, normal
 from mdm.runtime.pictures import fit, read_picture, to_numbers, to_pixels
 from mdm.runtime.request import Request, sampler_for
 from mdm.runtime.schedule import Schedule, make_schedule
@@ -53,6 +54,7 @@ class Model:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend, self.manifest = bundle, backend, bundle.manifest
         self.picture, self.text = self.manifest["picture"], self.manifest["text"]
+        check_model(self.manifest, f"bundle '{bundle.path}'")
 
     # ------------------------------------------------------------------------------------------------ what there is
 
@@ -82,7 +84,7 @@ class Model:
             pixels = graph["image_size"] * self.picture["factor"] if pictures else None
             if asked is None or asked == pixels:
                 return str(name)
-            sizes.append(str(pixels))
+            sizes += [str(pixels)] * (pixels is not None)
         if upsample:
             raise InputError(
                 f"this bundle has no graph with upsample guidance by {upsample}"
@@ -105,6 +107,9 @@ class Model:
     def prepare(self, request: Request) -> Prepared:
         task = self.task(request.task)
         self.check_fields(request, task)
+        check_key(request.seed, request.sample)
+        if makes(task["text"]):
+            self.bundle.graph("decode_text")  # better told now than after all steps
         own: dict[str, Any] = self.manifest["sampler_for"].get(request.task, self.manifest["sampler"])
         m = request.upsample or 0
         if m:
@@ -140,7 +145,7 @@ class Model:
         classes = self.manifest["null_class"]
         if request.label is not None and not 0 <= request.label < classes:
             found = f"expected 0 to {classes - 1}" if classes else "but this model has no classes"
-            raise InputError(f"label is {request.label}, {found}")
+            raise InputError(f"label is {told(request.label)}, {found}")
 
     def upsample_sampler(self, task: dict[str, Any], request: Request, factor: int) -> dict[str, Any]:
         """The sampler of a model's upsample guidance, from its table's file."""
@@ -227,6 +232,7 @@ class Model:
         half = self.half("decode", size)
         if half in self.manifest["graphs"]:
             (shown,) = self.backend.graph(half).run(["picture"], z=np.ascontiguousarray(z[None]))
+            self.check_finite(shown)
             return to_pixels(shown[0], low, high)
         return to_pixels(z, low, high) if z.shape[0] in (1, 3) else None  # a DiM on pixels
 
@@ -241,7 +247,7 @@ class Model:
     def check_finite(self, z: Array) -> None:
         if not np.isfinite(z).all():
             raise EngineError(
-                "the latents are not finite at the end of the run: the graph overflowed\n"
+                "the result is not finite: a graph overflowed, or the weights are damaged\n"
                 "in half precision keep more layers in float32: mdm export --fp32-layers"
             )
 

@@ -13,15 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from mdm.plugins.errors import InputError
+from mdm.runtime.json_schema import told
 
 START = 0
 LARGEST = 2**64 - 1  # seed and sample are 64 bits each
 
 
-def normal(seed: int, sample: int, stream: int, shape: Sequence[int]) -> npt.NDArray[np.float32]:
+def check_key(seed: int, sample: int) -> None:
     for name, value in (("seed", seed), ("sample", sample)):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
-            raise InputError(f"{name} is {value!r}, expected a whole number of 0 to {LARGEST}")
+            raise InputError(f"{name} is {told(value)}, expected a whole number of 0 to {LARGEST}")
+
+
+def normal(seed: int, sample: int, stream: int, shape: Sequence[int]) -> npt.NDArray[np.float32]:
+    check_key(seed, sample)
     count = math.prod(shape)
     half = (count + 1) // 2
     bits = np.random.Philox(key=np.array([seed, sample], np.uint64), counter=[0, 0, stream, 0]).random_raw(2 * half)

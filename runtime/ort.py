@@ -19,6 +19,7 @@ from mdm.plugins.errors import EngineError, EnvironmentLackError, InputError
 from mdm.plugins.machine import cores
 from mdm.runtime.backend import Array, Buffer, Graph, Spec
 from mdm.runtime.bundle import Bundle
+from mdm.runtime.json_schema import told
 from mdm.runtime.words import nearest
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 # backend -> ONNX Runtime's provider and the device its buffers lie on
 PROVIDERS = {"ort-cpu": ("CPUExecutionProvider", "cpu"), "ort-cuda": ("CUDAExecutionProvider", "cuda")}
+# ONNX Runtime's names of the types that a graph takes and gives
+TYPES = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64", "tensor(bool)": "bool",
+}  # fmt: skip
 # Memory of a loaded graph over the size of its weights (measured, ONNX Runtime 1.31): weights are copied once to be
 # packed, and the CPU computes half precision from a float32 copy beside the half one.
 GROWTH = {"fp32": 1.3, "fp16": 3.3, "bf16": 3.3}
@@ -91,13 +97,18 @@ class OrtGraph:
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], first: int, count: int
     ) -> Callable[[], None]:
-        session, graph = self.session, self.name
+        session, graph = self.session, self.name  # not self: a graph that is closed should be gone at once
         binding = session.io_binding()
         for tie, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
                 host = buffer.host
-                shape = (count, *host.shape[1:])
-                tie(name, self.device, self.number, host.dtype.type, shape, buffer.address(first))
+                if first + count > len(host):  # ONNX Runtime would go on behind the buffer
+                    raise EngineError(
+                        f"graph '{graph}': rows {first} to {first + count} of {name}, which has {len(host)}"
+                    )
+                with engine_errors(f"graph '{graph}'"):
+                    shape = (count, *host.shape[1:])
+                    tie(name, self.device, self.number, host.dtype.type, shape, buffer.address(first))
 
         def run() -> None:
             with engine_errors(f"graph '{graph}'"):
@@ -189,7 +200,17 @@ class OrtBackend:
                 f"ONNX Runtime {onnxruntime.__version__} cannot load its {self.provider}: CUDA or cuDNN is missing\n"
                 "mdm doctor says which"
             )
-        return OrtGraph(name, session, self.bundle.graph(name), self.device, self.number)
+        described = self.bundle.graph(name)
+        for kind, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+            there = {one.name: (TYPES.get(one.type), one.shape) for one in found}
+            said = {one["name"]: (one["dtype"], one["shape"]) for one in described[kind]}
+            if there != said:
+                name_ = next(n for n in (*said, *there) if said.get(n) != there.get(n))
+                raise InputError(
+                    f"graph '{name}' of bundle '{self.bundle.path}' is not what its manifest says\n"
+                    f"{kind}: {told(name_)} is {told(there.get(name_))}, the manifest has {told(said.get(name_))}"
+                )
+        return OrtGraph(name, session, described, self.device, self.number)
 
     def options(self, name: str) -> SessionOptions:
         from onnxruntime import SessionOptions

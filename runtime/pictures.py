@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_FILE = 64 * 2**20  # bytes
-MAX_PIXELS = 2**26  # 8192 x 8192; a file of a few KB can unpack to more
+MAX_PIXELS = 2**25  # 5792 x 5792, at most 128 MB unpacked; a file of a few KB can be larger
 MODES = {1: "L", 3: "RGB"}  # of a picture with that many channels
 
 Pixels = npt.NDArray[np.uint8]  # [H,W,C]
@@ -44,23 +46,31 @@ def read_picture(source: Any) -> Image:
         return pil.fromarray(source)
     if not isinstance(source, str | Path | bytes):
         raise InputError(f"picture is {told(source)}, expected a path, a PIL image or an array")
-    name = "picture" if isinstance(source, bytes) else f"picture '{source}'"
+    name = "picture" if isinstance(source, bytes) else f"picture {told(str(source))}"
     content = source if isinstance(source, bytes) else read_file(Path(source), name)
-    try:
-        with warnings.catch_warnings():  # PIL only warns of very large pictures; below they are refused
-            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+    with damaged_files(name):
+        try:
             image = pil.open(io.BytesIO(content), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
+        except UnidentifiedImageError as error:
+            raise InputError(f"{name} is not a picture\nexpected one of: {', '.join(FORMATS)}") from error
+        if image.width * image.height > MAX_PIXELS:  # PIL only warns of very large ones
             raise InputError(f"{name} has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
         image.load()
+    return image
+
+
+@contextmanager
+def damaged_files(name: str) -> Iterator[None]:
+    """PIL raises whatever a damaged file leads it to, and warns."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except InputError:
         raise
-    except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not a picture\nexpected one of: {', '.join(FORMATS)}") from error
-    except Exception as error:  # PIL raises whatever a damaged file leads it to
+    except Exception as error:
         said = " ".join(str(error).split())[:120]
         raise InputError(f"{name} cannot be read: {said}\nexpected one of: {', '.join(FORMATS)}") from error
-    return image
 
 
 def read_file(path: Path, name: str) -> bytes:
@@ -75,20 +85,24 @@ def read_file(path: Path, name: str) -> bytes:
 
 
 def fit(image: Image, side: int, channels: int) -> Pixels:
-    """Upright, on white where it is transparent, the middle square, at the model's size."""
+    """Upright, the middle square at the model's size, on white where it is transparent."""
     from PIL import Image as pil
     from PIL import ImageOps
 
     if channels not in MODES:
         raise InputError(f"the model's pictures have {channels} channels, expected 1 or 3 of a file")
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
-    image = image.convert(MODES[channels])
-    if image.size != (side, side):
-        image = ImageOps.fit(image, (side, side), pil.Resampling.LANCZOS)
-    return np.asarray(image, np.uint8).reshape(side, side, channels)
+    with damaged_files("picture"):
+        with suppress(Exception):  # which way is up stands in the EXIF part, and that may be anything
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # PIL would cut at 255, not scale
+            image = pil.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        transparent = image.has_transparency_data
+        image = image.convert("RGBA" if transparent else MODES[channels])
+        if image.size != (side, side):
+            image = ImageOps.fit(image, (side, side), pil.Resampling.LANCZOS)
+        if transparent:
+            image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert(MODES[channels]), np.uint8).reshape(side, side, channels)
 
 
 def to_numbers(pixels: Pixels, low: float, high: float) -> npt.NDArray[np.float32]:

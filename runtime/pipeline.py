@@ -11,7 +11,7 @@ Every method makes requests and hands them to `run`, which drives a step-level s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from mdm.plugins.errors import InputError
 from mdm.runtime.backend import Array
 from mdm.runtime.bundle import open_bundle
+from mdm.runtime.json_schema import told
 from mdm.runtime.lane import Lane
 from mdm.runtime.model import Model, Prepared
 from mdm.runtime.ort import OrtBackend
@@ -28,6 +29,8 @@ from mdm.runtime.request import Request, Result
 from mdm.runtime.scheduler import Scheduler, Ticket
 
 BATCH = 8  # samples that share a step; on a CPU more gain nothing, and each keeps its latents fourteen times
+
+MOST = 100_000  # samples of a call
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class Pipeline:
 
     def denoise(self, task: str, **fields: Any) -> Denoiser:
         """The network alone, for your own sampler: what is told stands in the fields, as for `sample`."""
+        if fields.get("upsample") is not None:
+            raise InputError("denoise is the network alone: upsample guidance is part of the steps, see sample")
         return Denoiser(self.model, [self.model.prepare(request) for request in requests_of(task, 1, **fields)])
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -130,6 +135,8 @@ class Pipeline:
     ) -> Iterator[tuple[int, Result]]:
         """The same, each with its place among the requests, as soon as it is there."""
         prepared = [one if isinstance(one, Prepared) else self.model.prepare(one) for one in requests]
+        if any(one.job.done for one in prepared):
+            raise InputError("a prepared request runs once, and one of these has: prepare it again")
         lanes, self.lanes = self.lanes, {}  # another run, begun before this one ends, makes its own
         scheduler = Scheduler(partial(self.lane, lanes), queue=len(prepared))
         index_of: dict[Ticket, int] = {}
@@ -198,9 +205,11 @@ class Denoiser:
         return pairs[:, 0], pairs[:, 1]
 
     def __call__(self, z: Array, t: float) -> Array:
+        z = np.asarray(z, np.float32)
         if z.shape != self.shape:
             raise InputError(f"z has shape {list(z.shape)}, expected {list(self.shape)}")
-        z = np.asarray(z, np.float32)
+        if not 0 < t <= 1:
+            raise InputError(f"t is {told(t)}, expected a time above 0 and up to 1")
         if self.given is not None:
             z = np.where(self.given[..., None], self.clean, z)
         eps = self.estimate(z, t, self.inputs["y"])
@@ -230,12 +239,13 @@ def requests_of(task: str, batch: int, **fields: Any) -> list[Request]:
     lists = {name: value for name, value in fields.items() if isinstance(value, list | tuple)}
     lengths = {name: len(value) for name, value in lists.items()}
     count = next(iter(lengths.values()), 1)
-    if not isinstance(batch, int) or batch < 1 or count < 1 or set(lengths.values()) - {count}:
+    if type(batch) is not int or batch < 1 or count < 1 or set(lengths.values()) - {count}:
         said = ", ".join(f"{length} of {name}" for name, length in lengths.items())
-        raise InputError(f"batch is {batch!r}{said and ' and there are ' + said}\nexpected lists of one length")
+        raise InputError(f"batch is {told(batch)}{said and ' and there are ' + said}\nexpected lists of one length")
+    if batch * count > MOST:
+        raise InputError(f"{batch * count} samples in one call, expected at most {MOST}")
     requests = []
     for index in range(count):
-        mine = fields | {name: value[index] for name, value in lists.items()}
-        first = mine.get("sample") or 0
-        requests += [Request.of(task, **mine | {"sample": first + further}) for further in range(batch)]
+        first = Request.of(task, **fields | {name: value[index] for name, value in lists.items()})
+        requests += [replace(first, sample=first.sample + further) for further in range(batch)]
     return requests

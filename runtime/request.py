@@ -20,6 +20,7 @@ KIND_OF_SETTING: dict[str, type] = {
     "solver": str, "steps": int, "guidance": float,
     "spacing": str, "t_start": float, "t_end": float, "final_zero": bool,
 } | {name: type(default) for solver in SOLVERS.values() for name, default in solver.options.items()}  # fmt: skip
+LARGEST = float(np.finfo(np.float32).max)
 NAME_OF_KIND = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -42,6 +43,19 @@ class Request:
     noise: npt.NDArray[np.float32] | None = field(default=None, repr=False)  # the start, in place of the seed's
     sampler: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            if value is not None or name in ("task", "seed", "sample"):
+                check_kind(name, value, kind)
+        for name, value in self.sampler.items():
+            if name not in KIND_OF_SETTING:
+                known = ", ".join(KIND_OF_SETTING)
+                raise InputError(
+                    f"a sampler has no setting {told(name)}{nearest(name, KIND_OF_SETTING)}\nsettings: {known}"
+                )
+            check_kind(name, value, KIND_OF_SETTING[name])
+
     @classmethod
     def of(cls, task: str, **given: Any) -> Request:
         """From words as they come; the settings of the sampler stand among the others. None is as good as absent."""
@@ -51,19 +65,29 @@ class Request:
                 raise InputError(
                     f"a request has no field {told(name)}{nearest(name, words)}\nfields: {', '.join(words)}"
                 )
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: plain(value) for name, value in given.items() if value is not None}
         sampler = {name: given.pop(name) for name in KIND_OF_SETTING if name in given}
-        request = cls(task, **given, sampler=sampler)
-        for name, kind in KINDS.items():
-            value = getattr(request, name)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise InputError(f"{name} is {told(value)}, expected {NAME_OF_KIND[kind]}")
-        return request
+        return cls(task, **given, sampler=sampler)
 
 
 KINDS = {
     "task": str, "prompt": str, "label": int, "negative": str, "seed": int, "sample": int, "size": int, "upsample": int,
 }  # fmt: skip
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{name} is {told(value)}, expected {NAME_OF_KIND[kind]}")
+    if kind is float and not abs(value) <= LARGEST:  # also NaN
+        raise InputError(f"{name} is {told(value)}, expected a finite number of float32")
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 WORDS = (*(f.name for f in fields(Request) if f.name != "sampler"), *KIND_OF_SETTING)
 
 
@@ -89,16 +113,11 @@ class Result:
 
 def sampler_for(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own sampler with what was asked for instead, every setting checked and pinned."""
-    for name, value in asked.items():
-        kind = KIND_OF_SETTING[name]
-        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and kind is not bool):
-            raise InputError(f"{name} is {told(value)}, expected {NAME_OF_KIND[kind]}")
     if asked.get("solver", own["solver"]) != own["solver"]:
         # Another solver keeps the times, not the options; it ends where it is published to end.
         kept = ("steps", "guidance", *(name for name in GRID if name != "final_zero"))
         own = {name: own[name] for name in kept}
     sampler = pinned({**own, **asked}, "the request")
     if not 1 <= sampler["steps"] <= MOST_STEPS:
-        raise InputError(f"steps is {sampler['steps']}, expected 1 to {MOST_STEPS}")
+        raise InputError(f"steps is {told(sampler['steps'])}, expected 1 to {MOST_STEPS}")
     return sampler

@@ -174,7 +174,7 @@ def make_schedule(spec: Mapping[str, Any] | str) -> Schedule:
     """A schedule from its name, or from a dict of its name ("kind") and fields."""
     given = {"kind": spec} if isinstance(spec, str) else dict(spec)
     name = given.pop("kind", None)
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise InputError(f"unknown schedule kind {name!r}{nearest(name, KINDS)}\nkinds: {', '.join(KINDS)}")
     fields = [field.name for field in dataclasses.fields(KINDS[name])]  # type: ignore[arg-type]
     for key in given:

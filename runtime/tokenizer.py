@@ -8,6 +8,7 @@ from mdm.plugins.errors import InputError
 from mdm.runtime.json_schema import told
 
 MAX_TEXT = 100_000  # characters of a prompt: more is refused before it is split
+NAMED = 5  # words without a piece that a message names
 UNKNOWN = 1  # what SentencePiece makes of characters it has no piece for
 
 
@@ -32,10 +33,15 @@ class Tokenizer:
         """Ids of a text, without padding."""
         if len(text) > MAX_TEXT:
             raise InputError(f"the prompt has {len(text)} characters, expected at most {MAX_TEXT}: shorten it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the prompt {told(text)} is not sound Unicode") from error
         ids: list[int] = self.model.encode(text)
         if UNKNOWN in ids:
-            words = [word for word in text.split() if UNKNOWN in self.model.encode(word)]
-            raise InputError(f"the model has no word piece for {', '.join(map(told, words or [text]))}")
+            words = dict.fromkeys(word for word in text.split() if UNKNOWN in self.model.encode(word))
+            named = ", ".join(map(told, [*words][:NAMED] or [text]))
+            raise InputError(f"the model has no word piece for {named}{', ...' if len(words) > NAMED else ''}")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

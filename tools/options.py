@@ -41,7 +41,9 @@ def engine_options(command: F) -> F:
     for option in (
         click.option("--memory", type=Bytes(), help="What the engine may take, such as 4GB. Default: no limit."),
         click.option("--threads", type=int, help="Threads of the CPU. Default: one a core."),
-        click.option("--backend", default="ort-cpu", show_default=True, help="What runs the graphs: ort-cpu or ort-cuda."),
+        click.option(
+            "--backend", default="ort-cpu", show_default=True, help="What runs the graphs: ort-cpu or ort-cuda."
+        ),
     ):
         command = option(command)
     return command

@@ -205,7 +205,7 @@ class Deployed:
 # Of each bundle: what differs from the tiny config, and what is exported beside.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mdm": ({}, {"image_sizes": [48]}),
-    "keep": ({"keep": 0.5}, {}),
+    "keep": ({"keep": 0.5, "schedule_text": {"kind": "sd"}}, {}),
     "dim": ({"family": "dim"}, {"image_sizes": [12], "upsample": [2]}),
     "latent": ({"family": "dim", "in_channels": 4}, {"image_sizes": [12]}),
 }
@@ -218,8 +218,8 @@ def deployed(
     """deployed("mdm"): each bundle is exported once a session, when first asked for, and only to be read.
 
     "shipped" is the shipped checkpoint; the others have random weights: "mdm" at 32 and 48 pixels, "keep", which
-    selects tokens, "dim" at 8 and 12 pixels and with upsample guidance at 16, "latent" with an external autoencoder
-    (`vae.safetensors` beside its checkpoint) at 16 and 24 pixels.
+    selects tokens and whose two schedules differ in kind, "dim" at 8 and 12 pixels and with upsample guidance at 16,
+    "latent" with an external autoencoder (`vae.safetensors` beside its checkpoint) at 16 and 24 pixels.
     """
 
     @cache
