@@ -1,0 +1,252 @@
+"""`mdm bench BUNDLE`: what a task of a bundle costs, from opening the folder to the decoded result.
+
+The task runs as `Pipeline.run` runs it, whole, with a watch on each stage; then one step is compared with its matrix
+products alone and with the PyTorch reference (`step.py`), as far as the packages for that are installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from mdm.plugins.errors import InputError
+from mdm.runtime.bundle import open_bundle
+from mdm.runtime.lane import Lane
+from mdm.runtime.model import Model, makes
+from mdm.runtime.ort import OrtBackend, OrtGraph
+from mdm.runtime.pipeline import Pipeline, requests_of
+from mdm.runtime.request import Request
+from mdm.runtime.scheduler import Scheduler
+from mdm.tools.bench.clock import memory_peak, percentiles
+from mdm.tools.bench.step import NAMES, aim_of, compare, operators, said, teller
+from mdm.tools.options import FILE, engine_options, json_option, print_json
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of one run of a task, stage by stage."""
+
+    encode: float  # checks, tokenizer, encoders, the sampler's table
+    steps: list[float]  # ticks of the scheduler, the whole batch in each
+    engine: float  # of all ticks, inside the engine
+    decode: float
+
+
+class Watched(OrtBackend):
+    """Notes how long graphs take to load, and how long their bound runs keep the engine busy."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loading: dict[str, float] = {}
+        self.busy = 0.0
+
+    def load(self, name: str) -> OrtGraph:
+        start = time.perf_counter()
+        graph = super().load(name)
+        self.loading[name] = time.perf_counter() - start
+        run = graph.session.run_with_iobinding
+
+        def watched(binding: Any) -> None:
+            start = time.perf_counter()
+            run(binding)
+            self.busy += time.perf_counter() - start
+
+        graph.session.run_with_iobinding = watched
+        return graph
+
+
+class Deployed:
+    """A task of a bundle that is run as `Pipeline.run` does it, with a watch on each stage."""
+
+    def __init__(
+        self, bundle: Path, task: str | None, steps: int | None, batch: int, backend: str = "ort-cpu", **engine: Any
+    ) -> None:
+        start = time.perf_counter()
+        opened = open_bundle(bundle)
+        self.opening = time.perf_counter() - start
+        self.backend = Watched(opened, backend, **engine)
+        self.pipeline = Pipeline(Model(opened, self.backend), batch)
+        self.task = task or default_task(opened.manifest)
+        self.requests = requests_for(self.model, self.task, steps, batch)
+        self.lane = functools.cache(lambda graph, tokens: Lane(self.backend, graph, tokens, batch))
+        self.runs: list[Run] = []
+
+    @property
+    def model(self) -> Model:
+        return self.pipeline.model
+
+    def turn(self) -> list[float]:
+        """One run -> the seconds of its steps."""
+        start = time.perf_counter()
+        prepared = [self.model.prepare(request) for request in self.requests]
+        encode = time.perf_counter() - start
+        scheduler = Scheduler(self.lane, queue=len(prepared))
+        tickets = [scheduler.submit(one.job) for one in prepared]
+        steps, busy = [], self.backend.busy
+        while scheduler.busy:
+            start = time.perf_counter()
+            ended = scheduler.tick()
+            steps.append(time.perf_counter() - start)
+            for ticket in ended:
+                if ticket.error is not None:
+                    raise ticket.error
+        busy = self.backend.busy - busy
+        start = time.perf_counter()
+        for one, ticket in zip(prepared, tickets, strict=True):
+            self.pipeline.finish(one, ticket)
+        self.runs.append(Run(encode, steps, busy, time.perf_counter() - start))
+        return steps
+
+
+def default_task(manifest: Mapping[str, Any]) -> str:
+    """The first that makes a picture, or the first."""
+    tasks: dict[str, Any] = manifest["tasks"]
+    return next((name for name, task in tasks.items() if makes(task["image"])), next(iter(tasks)))
+
+
+def requests_for(model: Model, task: str, steps: int | None, batch: int) -> list[Request]:
+    """A batch for the task; prompts are empty and pictures black, for time does not depend on them."""
+    given, fields = ("given", "both"), model.task(task)
+    prompt = "" if fields["text"] in given else None
+    picture = np.zeros((8, 8, 3), np.uint8) if fields["image"] in given else None
+    return requests_of(task, batch, prompt=prompt, picture=picture, steps=steps)
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@click.command("BUNDLE")
+@click.argument("bundle", type=FILE, metavar="")  # the command's own name says it
+@click.option("--task", help="Default: the first that makes a picture.")
+@click.option("--steps", type=int, help="Of a run. Default: the model's own.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Samples that share each step.")
+@engine_options
+@click.option("--seconds", type=float, default=10.0, show_default=True, help="Least time spent on the bundle's steps.")
+@click.option("--no-compile", is_flag=True, help="Leave out torch.compile, which can take many minutes.")
+@click.option("--plot", type=FILE, help="Write a picture of the step's times, FILE.png.")
+@json_option
+def command(
+    bundle: Path,
+    task: str | None,
+    steps: int | None,
+    batch: int,
+    backend: str,
+    threads: int | None,
+    memory: int | None,
+    seconds: float,
+    no_compile: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Time a bundle's task, stage by stage, and its step against PyTorch."""
+    if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
+        raise InputError(f"--plot is '{plot}', expected a file name that ends in .png, in a folder that exists")
+    say = teller(as_json)
+    say("load and warm up")
+    deployed = Deployed(bundle, task, steps, batch, backend, threads=threads, memory=memory)
+    peak = memory_peak(deployed.turn)
+    if peak is None:
+        deployed.turn()
+    report = facts(deployed) | {"memory_peak": peak} | compare(deployed, seconds, not no_compile, say)
+    report |= stages(deployed.runs, batch)
+    if plot is not None:
+        draw(report).save(plot)
+    if as_json:
+        print_json(report)
+        return
+    for line in told(report):
+        click.echo(line)
+
+
+def facts(deployed: Deployed) -> Report:
+    return {
+        "bundle": str(deployed.backend.bundle.path), "task": deployed.task, "batch": len(deployed.requests),
+        "backend": deployed.backend.name, "open": deployed.opening, "load": deployed.backend.loading,
+    }  # fmt: skip
+
+
+def stages(runs: Sequence[Run], batch: int) -> Report:
+    """Percentiles of each stage, and how much that is a second."""
+    steps = [seconds for run in runs for seconds in run.steps]
+    seconds = {
+        "encode": [run.encode for run in runs], "step": steps, "decode": [run.decode for run in runs],
+        "whole run": [run.encode + sum(run.steps) + run.decode for run in runs],
+    }  # fmt: skip
+    return {
+        "steps": len(runs[0].steps),
+        "stages": {stage: percentiles(times) for stage, times in seconds.items()},
+        "steps_per_second": 1 / statistics.median(steps),
+        "results_per_second": batch / statistics.median(seconds["whole run"]),
+    }
+
+
+def told(report: Report) -> Iterator[str]:
+    yield (
+        f"{report['bundle']}, {report['task']}: {report['steps']} steps, batch {report['batch']}, {report['backend']}, "
+        f"threads {report['threads']}"
+    )
+    loaded = ", ".join(f"{name} {seconds:.3f}" for name, seconds in report["load"].items())
+    memory = (
+        "" if report["memory_peak"] is None else f"; that and a first run take {report['memory_peak'] / 1e6:.0f} MB"
+    )
+    yield f"seconds to open the bundle {report['open']:.3f}, to load {loaded}{memory}"
+    yield ""
+    yield "seconds | p50 | p90 | p99"
+    yield "---|---|---|---"
+    for stage, times in report["stages"].items():
+        yield " | ".join([stage, *(f"{seconds:.4g}" for seconds in times.values())])
+    yield f"{report['steps_per_second']:.4g} steps a second, {report['results_per_second']:.4g} results a second"
+    yield ""
+    yield "a step | seconds, median | least | times"
+    yield "---|---|---|---"
+    for name, times in report["seconds"].items():
+        yield f"{NAMES[name]} | {times['p50']:.4g} | {times['least']:.4g} | {times['count']}"
+    if report["compile_seconds"] is not None:
+        yield f"torch.compile took {report['compile_seconds']:.0f} s"
+    for name, reason in report["missing"].items():
+        yield f"not measured, {NAMES[name]}: {reason}"
+    yield ""
+    for name in report["ratios"]:
+        yield f"{name.replace('_', ' ')}: {said(name, report['ratios'][name])} (aim: {aim_of(name)})"
+    yield f"the engine's time: {operators(report)}; matrix products together {report['product_share']:.1%}"
+
+
+def draw(report: Report) -> Image.Image:
+    """Bars: the seconds of a step by form, and the share of each operator in it."""
+    from PIL import Image
+
+    from mdm.tools.bench.plot import COLOURS, FAINT, FINE, INK, PAPER, Pen
+
+    milliseconds = {NAMES[name]: 1000 * times["p50"] for name, times in report["seconds"].items()}
+    spent = {name: 100 * share for name, share in [*report["operators"].items()][:8]}
+    parts = [("milliseconds a step, median", milliseconds, COLOURS[0]), ("% of the engine's time", spent, COLOURS[1])]
+    width, row, left, top = 960, 26, 240, 56
+    height = top + sum(len(bars) + 2 for _, bars, _ in parts) * row
+    sheet = Image.new("RGB", (width * FINE, height * FINE), PAPER)
+    pen = Pen(sheet)
+    title = f"{Path(report['bundle']).name}, {report['task']}, batch {report['batch']}, threads {report['threads']}"
+    pen.text(20, 28, title, 20, INK, "lm")
+    y = top
+    for words, bars, colour in parts:
+        pen.text(20, y + row / 2, words, 14, FAINT, "lm")
+        for name, value in bars.items():
+            y += row
+            end = left + (width - left - 100) * value / max(bars.values())
+            pen.text(left - 10, y + row / 2, name, 14, INK, "rm")
+            pen.line([(left, y + row / 2), (end, y + row / 2)], colour, row - 8)
+            pen.text(end + 10, y + row / 2, f"{value:.4g}", 14, INK, "lm")
+        y += 2 * row
+    return sheet.resize((width, height), Image.Resampling.LANCZOS)
