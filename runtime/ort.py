@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -124,6 +125,23 @@ class OrtGraph:
         return found
 
 
+def session_options(weights: Path, threads: int | None = None, native: bool = True) -> SessionOptions:
+    """For a graph whose weights lie in that folder; `native`: with our library of scans, where it was built."""
+    from onnxruntime import SessionOptions
+
+    options = SessionOptions()
+    options.log_severity_level = 3
+    # Left alone, ONNX Runtime starts a thread for each core of the machine, also where a process may use but few.
+    options.intra_op_num_threads = threads or cores().threads
+    # Threads that wait actively after a run would take the cores from the next graph's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    if native:
+        with suppress(EnvironmentLackError):  # slower without, as `mdm doctor` says
+            register(options)
+    return options
+
+
 def specs_of(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Spec]:
     """The manifest's words for a graph's inputs or outputs."""
     return {tensor["name"]: Spec(np.dtype(tensor["dtype"]), tuple(tensor["shape"])) for tensor in tensors}
@@ -213,20 +231,9 @@ class OrtBackend:
         return OrtGraph(name, session, described, self.device, self.number)
 
     def options(self, name: str) -> SessionOptions:
-        from onnxruntime import SessionOptions
-
-        options = SessionOptions()
-        options.log_severity_level = 3
-        # Left alone, ONNX Runtime starts a thread for each core of the machine, also where a process may use but few.
-        options.intra_op_num_threads = self.threads or cores().threads
-        # Threads that wait actively after a run would take the cores from the next graph's.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path))
         # The library computes on the CPU. On a GPU that pays for Mamba-1 alone, whose body is a loop over tokens.
-        if self.device == "cpu" or f"{DOMAIN}.{SELECTIVE_SCAN.name}" in self.bundle.graph(name)["operators"]:
-            with suppress(EnvironmentLackError):  # slower without, as `mdm doctor` says
-                register(options)
-        return options
+        looped = f"{DOMAIN}.{SELECTIVE_SCAN.name}" in self.bundle.graph(name)["operators"]
+        return session_options(self.bundle.path, self.threads, native=self.device == "cpu" or looped)
 
     def provider_options(self) -> Any:
         if self.device == "cpu":

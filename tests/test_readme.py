@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mdm.reference import build_model, load_config
+from mdm.export import export_bundle
+from mdm.reference import SHIPPED_CHECKPOINT, build_model, load_config
 from mdm.reference.autoencoder import Autoencoder, AutoencoderShape
 from mdm.reference.train import RECIPES, Phase, Recipe
 from mdm.tools.main import main
@@ -34,6 +35,13 @@ def blocks(language: str) -> list[str]:
 
 
 SMALL_DIM = {"family": "dim", "width": 16, "blocks": 3, "image_size": 8}  # stands in for presets of 50M and 862M
+QUICK = {  # what benchmarks are given besides, to be done in a second or two
+    "bench export": ["--preset", "mdm-tiny"],
+    "bench ops": ["--batch", "1", "--length", "20", "--width", "64", "--threads", "1", "--seconds", "0.001"],
+    "bench scaling": ["--tokens", "16", "--tokens", "36", "--width", "64", "--blocks", "3", "--seconds", "0.001"],
+    "bench step": ["--preset", "mdm-1024", "--tokens", "16", "--blocks", "3", "--no-compile", "--seconds", "0.001"],
+    "bench tiny.bundle": ["--steps", "2", "--no-compile", "--seconds", "0.001"],
+}
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
 
 
@@ -89,10 +97,7 @@ def test_mdm_commands_run(folder_of_pictures: Path, monkeypatch: pytest.MonkeyPa
             words = shlex.split(functools.reduce(lambda text, pair: text.replace(*pair), small.items(), command))[1:]
             if words[0] == "evaluate":
                 words[words.index("--count") + 1] = "2"
-            if words[:2] == ["bench", "export"]:
-                words += ["--preset", "mdm-tiny"]
-            if words[:2] == ["bench", "ops"]:
-                words += ["--batch", "1", "--length", "20", "--width", "64", "--threads", "1", "--seconds", "0.001"]
+            words += QUICK.get(" ".join(words[:2]), [])
             assert main(words) == 0, command
 
 
@@ -111,6 +116,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """The published files are small stand-ins under the same names."""
     monkeypatch.chdir(tmp_path)
     write_stand_ins(tmp_path)
+    export_bundle(SHIPPED_CHECKPOINT, "mdm-tiny", "tiny.bundle", validate=False)
     for block in blocks("python"):
         exec(block.replace('"dim-huge-256"', repr(SMALL_DIM)), {})
 

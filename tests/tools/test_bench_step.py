@@ -20,7 +20,7 @@ from mdm.export import export_bundle
 from mdm.reference import build_model, load_config, make_schedule
 from mdm.reference.guidance import classifier_free
 from mdm.reference.solvers import ddim
-from mdm.tools.bench import step
+from mdm.tools.bench import compare, step
 from mdm.tools.bench.bundle import Deployed, Run
 from mdm.tools.bench.clock import median_time, percentiles, take_turns
 from mdm.tools.main import main
@@ -39,7 +39,7 @@ def test_every_form_is_measured(capsys: Out, monkeypatch: pytest.MonkeyPatch) ->
     assert found["aims"] == {name: aim for name, (_, aim) in step.AIMS.items()}
     for row in found["rows"]:
         medians = {name: times["p50"] for name, times in row["seconds"].items()}
-        assert set(medians) == set(step.NAMES)
+        assert set(medians) == set(compare.NAMES)
         assert row["missing"] == {}
         assert row["threads"] == 1
         assert row["compile_seconds"] > 0
@@ -47,7 +47,7 @@ def test_every_form_is_measured(capsys: Out, monkeypatch: pytest.MonkeyPatch) ->
             over, _, under = name.partition("_over_")
             assert row["ratios"][name] == pytest.approx(medians[over] / medians[under])
         assert 0 < row["ratios"]["python_over_runtime"] < 1
-        assert row["product_share"] == pytest.approx(sum(row["operators"].get(name, 0) for name in step.OPERATORS))
+        assert row["product_share"] == pytest.approx(sum(row["operators"].get(name, 0) for name in compare.OPERATORS))
         assert sum(row["operators"].values()) == pytest.approx(1)
 
 
@@ -97,7 +97,7 @@ def test_the_reference_takes_the_same_step(tiny: Callable[..., dict[str, Any]], 
     prepared = [deployed.model.prepare(request) for request in deployed.requests]
     seen: list[int] = []
     network.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    found = step.torch_step(network, deployed.model.task("class_to_image"), prepared)()
+    found = compare.torch_step(network, deployed.model.task("class_to_image"), prepared)()
     assert seen == [4]
 
     schedule = make_schedule(config.schedule_image)
@@ -132,9 +132,8 @@ def test_percentiles() -> None:
 
 def test_ratios_of_what_was_measured() -> None:
     runs = [Run(9, [1.0, 3.0], 3.0, 9), Run(9, [2.0, 2.0], 3.0, 9)]
-    found = step.ratios_of({"runtime": [1, 3, 2], "torch": [5.0]}, runs)
+    found = compare.ratios_of({"runtime": [1, 3, 2], "torch": [5.0]}, runs)
     assert found == {"torch_over_runtime": 2.5, "python_over_runtime": 0.25}
-    assert step.missed(found) == ["python_over_runtime"]
-    assert step.missed({"runtime_over_products": 1.31, "torch_over_runtime": 1.59, "compiled_over_runtime": 1.0}) == [
-        "runtime_over_products", "torch_over_runtime"
-    ]  # fmt: skip
+    assert compare.missed(found) == ["python_over_runtime"]
+    found = {"runtime_over_products": 1.31, "torch_over_runtime": 1.59, "compiled_over_runtime": 1.0}
+    assert compare.missed(found) == ["runtime_over_products", "torch_over_runtime"]

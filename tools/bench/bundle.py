@@ -1,7 +1,7 @@
 """`mdm bench BUNDLE`: what a task of a bundle costs, from opening the folder to the decoded result.
 
 The task runs as `Pipeline.run` runs it, whole, with a watch on each stage; then one step is compared with its matrix
-products alone and with the PyTorch reference (`step.py`), as far as the packages for that are installed.
+products alone and with the PyTorch reference (`compare.py`), as far as the packages for that are installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mdm.runtime.pipeline import Pipeline, requests_of
 from mdm.runtime.request import Request
 from mdm.runtime.scheduler import Scheduler
 from mdm.tools.bench.clock import memory_peak, percentiles
-from mdm.tools.bench.step import NAMES, aim_of, compare, operators, said, teller
+from mdm.tools.bench.compare import NAMES, aim_of, compare, operators, said, teller
 from mdm.tools.options import FILE, engine_options, json_option, print_json
 
 if TYPE_CHECKING:

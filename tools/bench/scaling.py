@@ -96,8 +96,10 @@ def command(
     as_json: bool,
 ) -> None:
     """Time per step against latent tokens: Mamba and a transformer of equal weight."""
+    from mdm.plugins import cpu_library_path
     from mdm.tools.bench.transformer import HEAD
 
+    cpu_library_path()  # without it the scans' bodies would be timed, which says nothing of Mamba
     sides = sorted({round(math.sqrt(count)) for count in tokens})
     if len(sides) < 2:
         raise InputError(f"--tokens is {', '.join(map(str, tokens))}: a line takes two lengths or more")
@@ -242,14 +244,9 @@ def step_call(model: Model, side: int, batch: int, threads: int | None) -> Call:
     import numpy as np
     import onnxruntime
 
-    from mdm.plugins import register
+    from mdm.runtime.ort import session_options
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.folder))
-    register(options)
+    options = session_options(model.folder, threads)
     session = onnxruntime.InferenceSession(model.graphs[side], options, providers=["CPUExecutionProvider"])
     chance = np.random.default_rng(0)
     feed: dict[str, Any] = {}
