@@ -73,8 +73,8 @@ class Tokenizer:
     def encode_pieces(self, text: str) -> list[int]:
         """Ids of a text, without padding."""
         ids: list[int] = self.model.encode(text)
-        if UNKNOWN in ids:
-            words = [word for word in text.split() if UNKNOWN in self.model.encode(word)]
+        if self.model.unk_id() in ids:
+            words = [word for word in text.split() if self.model.unk_id() in self.model.encode(word)]
             raise InputError(f"{text!r}: the tokenizer has no piece for {', '.join(words) or text}")
         return ids
 

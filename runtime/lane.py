@@ -35,6 +35,7 @@ class Job:
     inputs: dict[str, Any]  # given, y, uncond, uncond_y, guidance: what the graphs take of them
     state: dict[str, Array]  # base, later also point, history, mask, x0_before; stale while the job is in a lane
     done: int = 0  # rows
+    taken: bool = False  # by a scheduler: a job is run once
     x0: Array | None = field(default=None, repr=False)  # the clean latents as estimated last, if the caller looks on
 
     @property
@@ -101,6 +102,10 @@ class Lane:
         self.jobs.pop()
         self.edited = True
 
+    def clear(self) -> None:
+        """Drop all jobs, whose state is lost."""
+        self.jobs, self.edited, self.seen = [], True, True
+
     def look(self) -> None:
         """Bring the state to the hosts."""
         if not self.seen:
@@ -140,7 +145,8 @@ class Lane:
 
     def padded(self, count: int) -> int:
         """The next size that the engine was built for."""
-        return min((size for size in self.backend.batches if size >= count), default=count)
+        sizes = self.backend.batches
+        return next(size for size in sizes if size >= count) if sizes else count
 
     def write_rows(self, count: int) -> None:
         """Each slot's row, and its noise where the row takes any; idle slots copy."""
@@ -171,3 +177,19 @@ class Lane:
             after = {name: self.pairs[becomes][1 - self.turn] for name, becomes in self.next_of.items()}
             bound[key] = graph.bind(inputs, self.outputs | after, first, count)
         bound[key]()
+
+
+class Lanes:
+    """The lanes of a backend, found by graph and tokens; those that nobody is in go when a new one is made."""
+
+    def __init__(self, backend: Backend, slots: int) -> None:
+        """`slots`: samples that share a step, at most, and no more than the engine was built for."""
+        self.backend, self.slots = backend, min([slots, *backend.batches[-1:]])
+        self.made: dict[tuple[str, int], Lane] = {}
+
+    def __call__(self, graph: str, tokens: int) -> Lane:
+        key = graph, tokens
+        if key not in self.made:
+            self.made = {other: lane for other, lane in self.made.items() if lane.jobs}
+            self.made[key] = Lane(self.backend, graph, tokens, self.slots)
+        return self.made[key]

@@ -172,7 +172,7 @@ class Model:
             refused = self.tokenizer.encode(request.negative or "") if task["drops"] == "text" else ids
             length = self.text_length(max(len(ids), len(refused)), makes(task["text"]))
             clean.append(self.encode_text(ids, length))
-            uncond.append(self.encode_text(refused, length))
+            uncond.append(clean[0] if refused is ids else self.encode_text(refused, length))
             given.append(np.arange(length) < (length if task["text"] == "given" else len(ids)))
         if task["image"]:
             count = pictures_of(task)
@@ -214,7 +214,7 @@ class Model:
 
     # ----------------------------------------------------------------------------------------------- after the steps
 
-    def texts(self, prepared: Prepared, z: Array) -> str | None:
+    def new_text(self, prepared: Prepared, z: Array) -> str | None:
         """The text that was generated: what follows the prompt."""
         if not makes(self.task(prepared.request.task)["text"]):
             return None

@@ -30,7 +30,7 @@ def normal(seed: int, sample: int, stream: int, shape: Sequence[int]) -> npt.NDA
     count = math.prod(shape)
     half = (count + 1) // 2
     bits = np.random.Philox(key=np.array([seed, sample], np.uint64), counter=[0, 0, stream, 0]).random_raw(2 * half)
-    uniform = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0,1): its logarithm is finite
+    uniform = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0,1]: its logarithm is finite
     radius, angle = np.sqrt(-2 * np.log(uniform[:half])), 2 * math.pi * uniform[half:]
     pairs = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
     return pairs[:count].astype(np.float32).reshape(shape)

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 PROVIDERS = {"ort-cpu": ("CPUExecutionProvider", "cpu"), "ort-cuda": ("CUDAExecutionProvider", "cuda")}
 # ONNX Runtime's names of the types that a graph takes and gives
 TYPES = {
-    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64", "tensor(bool)": "bool",
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(bool)": "bool",
 }  # fmt: skip
 # Memory of a loaded graph over the size of its weights (measured, ONNX Runtime 1.31): weights are copied once to be
 # packed, and the CPU computes half precision from a float32 copy beside the half one.
@@ -170,7 +170,7 @@ class OrtBackend:
         memory: int | None = None,
         device: int = 0,
     ) -> None:
-        """`threads` of the CPU, default one a core; `memory` in bytes: of loaded graphs, on a GPU of all it takes."""
+        """`threads` of the CPU, default all it may use; `memory`: bytes of loaded graphs together, on a GPU of each."""
         self.bundle, self.name, self.threads, self.memory, self.number = bundle, name, threads, memory, device
         if name not in PROVIDERS:
             raise InputError(f"unknown backend '{name}'{nearest(name, PROVIDERS)}\nbackends: {', '.join(PROVIDERS)}")
@@ -194,13 +194,15 @@ class OrtBackend:
                 "export the checkpoint with --precision fp32, or run it on a GPU"
             )
         self.loaded: OrderedDict[str, OrtGraph] = OrderedDict()  # the one used last at the end
+        self.lock = Lock()  # a server encodes and decodes beside the thread that steps
 
     def graph(self, name: str) -> Graph:
-        if name not in self.loaded:
-            self.make_room(name)
-            self.loaded[name] = self.load(name)
-        self.loaded.move_to_end(name)
-        return self.loaded[name]
+        with self.lock:
+            if name not in self.loaded:
+                self.make_room(name)
+                self.loaded[name] = self.load(name)
+            self.loaded.move_to_end(name)
+            return self.loaded[name]
 
     def load(self, name: str) -> OrtGraph:
         import onnxruntime

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mdm.plugins.errors import InputError
 from mdm.runtime.backend import Array
 from mdm.runtime.bundle import open_bundle
 from mdm.runtime.json_schema import told
-from mdm.runtime.lane import Lane
+from mdm.runtime.lane import Lanes
 from mdm.runtime.model import Model, Prepared
 from mdm.runtime.ort import OrtBackend
 from mdm.runtime.request import Request, Result
@@ -55,8 +54,9 @@ def load(
 ) -> Pipeline:
     """Open a bundle on a backend: "ort-cpu" or "ort-cuda".
 
-    `threads` of the CPU, default one a core; `memory`: bytes that loaded graphs may take, on a GPU all that ONNX
-    Runtime takes; `batch`: samples that share a step at most.
+    `threads` of the CPU, default as many as the process may use; `memory`: bytes that loaded graphs may take together,
+    on a GPU each; graphs that do not fit in beside each other are loaded again whenever their turn comes. `batch`:
+    samples that share a step at most.
     """
     if batch < 1:
         raise InputError(f"batch is {batch}, expected at least 1")
@@ -68,7 +68,7 @@ def load(
 class Pipeline:
     def __init__(self, model: Model, batch: int = BATCH) -> None:
         self.model, self.batch = model, batch
-        self.lanes: dict[tuple[str, int], Lane] = {}  # of the run before, for the next one
+        self.lanes = Lanes(model.backend, batch)  # of the run before, for the next one
 
     @property
     def tasks(self) -> list[str]:
@@ -116,15 +116,6 @@ class Pipeline:
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
-    def lane(self, lanes: dict[tuple[str, int], Lane], graph: str, tokens: int) -> Lane:
-        """The lane for such jobs; those nobody is in are dropped where a new one is made."""
-        if (graph, tokens) not in lanes:
-            for key in [key for key, lane in lanes.items() if not lane.jobs]:
-                del lanes[key]
-            slots = min([self.batch, *self.model.backend.batches[-1:]])
-            lanes[graph, tokens] = Lane(self.model.backend, graph, tokens, slots)
-        return lanes[graph, tokens]
-
     def run(self, requests: Sequence[Request], callback: Callable[[Step], None] | None = None) -> list[Result]:
         """All of these requests, in their order, whatever their tasks; the first that fails ends the call."""
         results = dict(self.stream(requests, callback))
@@ -135,10 +126,9 @@ class Pipeline:
     ) -> Iterator[tuple[int, Result]]:
         """The same, each with its place among the requests, as soon as it is there."""
         prepared = [one if isinstance(one, Prepared) else self.model.prepare(one) for one in requests]
-        if any(one.job.done for one in prepared):
-            raise InputError("a prepared request runs once, and one of these has: prepare it again")
-        lanes, self.lanes = self.lanes, {}  # another run, begun before this one ends, makes its own
-        scheduler = Scheduler(partial(self.lane, lanes), queue=len(prepared))
+        # Another run, begun before this one ends, makes its own lanes.
+        lanes, self.lanes = self.lanes, Lanes(self.model.backend, self.batch)
+        scheduler = Scheduler(lanes, queue=len(prepared))
         index_of: dict[Ticket, int] = {}
 
         def watch(ticket: Ticket) -> None:
@@ -168,7 +158,7 @@ class Pipeline:
         assert ticket.started is not None
         assert ticket.ended is not None
         return Result(
-            prepared.request, prepared.sampler, self.model.texts(prepared, z), self.model.pixels(prepared, z), z,
+            prepared.request, prepared.sampler, self.model.new_text(prepared, z), self.model.pixels(prepared, z), z,
             len(ticket.job.rows), ticket.ended - ticket.started, ticket.started - ticket.submitted,
         )  # fmt: skip
 

@@ -101,11 +101,11 @@ class Result:
     picture: npt.NDArray[np.uint8] | None  # [H,W,C]
     latents: npt.NDArray[np.float32]  # [L,d], for DiM [C,H,W]
     evaluations: int  # of the network
-    seconds: float  # in the running batch, all its steps
+    seconds: float  # from its first step to its last, others' steps between them included
     waited: float  # seconds before that
 
     def facts(self) -> dict[str, Any]:
-        """The request and its outcome as JSON has it; enough to make the same again."""
+        """The request and its outcome as JSON has it; a picture or noise that was given is not in it."""
         asked = {name: value for name in KINDS if (value := getattr(self.request, name)) is not None}
         text = {} if self.text is None else {"text": self.text}
         return asked | self.sampler | text | {"evaluations": self.evaluations, "seconds": round(self.seconds, 4)}

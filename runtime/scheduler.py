@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mdm.plugins.errors import MdmError
+from mdm.plugins.errors import InputError, MdmError
 from mdm.runtime.lane import Job, Lane
 
 
@@ -56,14 +56,21 @@ class Scheduler:
     ) -> None:
         """`lane_of(graph, tokens)` is the lane for such jobs, always the same one; `queue`: how many may wait."""
         self.lane_of, self.queue, self.clock = lane_of, queue, clock
+        self.closed: BaseException | None = None
         self.waiting: deque[Ticket] = deque()
         self.running: OrderedDict[Lane, dict[Job, Ticket]] = OrderedDict()  # lanes with jobs, whose turn it is first
 
     def submit(
         self, job: Job, deadline: float | None = None, on_step: Callable[[Ticket], None] | None = None
     ) -> Ticket:
-        if len(self.waiting) >= self.queue:
-            raise QueueFullError(f"{len(self.waiting)} requests wait already, as many as the queue takes: try later")
+        if self.closed is not None:
+            raise self.closed
+        if job.taken:
+            raise InputError("this request was submitted before, and runs once: prepare it again")
+        waiting = sum(ticket.started is None for ticket in self.waiting)  # the others are on their way between lanes
+        if waiting >= self.queue:
+            raise QueueFullError(f"{waiting} requests wait already, as many as the queue takes: try later")
+        job.taken = True
         ticket = Ticket(job, deadline, on_step, self.clock())
         self.waiting.append(ticket)
         return ticket
@@ -77,31 +84,39 @@ class Scheduler:
         return self.end(ticket, CancelledError("the request was cancelled"))
 
     def close(self, error: BaseException) -> None:
-        """End all requests with this error."""
-        for ticket in [*self.waiting, *(ticket for mine in self.running.values() for ticket in mine.values())]:
+        """End all requests with this error, and take no more."""
+        self.closed = error
+        for ticket in self.tickets():
             self.end(ticket, error)
+
+    def tickets(self) -> list[Ticket]:
+        """All that have not ended."""
+        return [*self.waiting, *(ticket for mine in self.running.values() for ticket in mine.values())]
 
     def tick(self) -> list[Ticket]:
         """One step of one lane -> the requests that ended."""
-        ended = self.expire()
-        ended += self.admit()
+        ended = self.expire() + self.admit()
         if not self.running:
             return ended
         lane = next(iter(self.running))
-        mine = self.running[lane]
-        failed = lane.step([job for job, ticket in mine.items() if ticket.on_step])
-        if lane in self.running:
-            self.running.move_to_end(lane)
-        for job, ticket in list(mine.items()):
+        mine = dict(self.running[lane])
+        try:
+            failed = lane.step([job for job, ticket in mine.items() if ticket.on_step])
+        except Exception as accident:  # not a graph's failure, but the engine's or ours: nobody here can go on
+            return ended + self.abandon(lane, accident)
+        self.running.move_to_end(lane)
+        for job, ticket in mine.items():
             if ticket.ended is not None:  # a callback of this very loop cancelled it
                 continue
             error: BaseException | None = failed.get(job)
             if error is None and ticket.on_step:
-                error = told(ticket)
+                error = call_back(ticket)
+            if ticket.ended is not None:
+                continue
             if error is not None or job.finished:
-                if self.end(ticket, error):
-                    ended.append(ticket)
-            elif job.lane != (lane.name, lane.tokens) and ticket.ended is None:
+                self.end(ticket, error)
+                ended.append(ticket)
+            elif job.lane != (lane.name, lane.tokens):
                 self.vacate(ticket)
                 # It is on its way: it goes before those that have not begun, after those on theirs.
                 self.waiting.insert(sum(other.started is not None for other in self.waiting), ticket)
@@ -109,7 +124,7 @@ class Scheduler:
 
     def expire(self) -> list[Ticket]:
         now, ended = self.clock(), []
-        for ticket in [*self.waiting, *(ticket for mine in self.running.values() for ticket in mine.values())]:
+        for ticket in self.tickets():
             if ticket.deadline is not None and now >= ticket.deadline:
                 late = now - ticket.submitted
                 place = f"step {ticket.job.done} of {len(ticket.job.rows)}"
@@ -130,7 +145,7 @@ class Scheduler:
                     full.add(wanted)
                     continue
                 lane.join(ticket.job)
-            except MdmError as error:
+            except Exception as error:  # a graph that cannot be loaded, no memory for the lane
                 self.end(ticket, error)
                 ended.append(ticket)
                 continue
@@ -155,15 +170,27 @@ class Scheduler:
         if ticket.ended is not None:
             return False
         if ticket.lane is not None:
-            self.vacate(ticket)
+            try:
+                self.vacate(ticket)
+            except Exception as accident:  # the device does not answer
+                self.abandon(ticket.lane, error or accident)
+                return True
         elif ticket in self.waiting:
             self.waiting.remove(ticket)
         ticket.error, ticket.ended = error, self.clock()
         return True
 
+    def abandon(self, lane: Lane, error: BaseException) -> list[Ticket]:
+        """End everybody in a lane whose state is lost; the lane begins anew."""
+        tickets = [*self.running.pop(lane).values()]
+        lane.clear()
+        for ticket in tickets:
+            ticket.lane, ticket.error, ticket.ended = None, error, self.clock()
+        return tickets
 
-def told(ticket: Ticket) -> Exception | None:
-    """Call back; what goes wrong there ends this request alone."""
+
+def call_back(ticket: Ticket) -> Exception | None:
+    """What goes wrong there ends this request alone."""
     assert ticket.on_step is not None
     try:
         ticket.on_step(ticket)

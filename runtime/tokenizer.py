@@ -9,7 +9,6 @@ from mdm.runtime.json_schema import told
 
 MAX_TEXT = 100_000  # characters of a prompt: more is refused before it is split
 NAMED = 5  # words without a piece that a message names
-UNKNOWN = 1  # what SentencePiece makes of characters it has no piece for
 
 
 class Tokenizer:
@@ -38,8 +37,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt {told(text)} is not sound Unicode") from error
         ids: list[int] = self.model.encode(text)
-        if UNKNOWN in ids:
-            words = dict.fromkeys(word for word in text.split() if UNKNOWN in self.model.encode(word))
+        if self.model.unk_id() in ids:
+            words = dict.fromkeys(word for word in text.split() if self.model.unk_id() in self.model.encode(word))
             named = ", ".join(map(told, [*words][:NAMED] or [text]))
             raise InputError(f"the model has no word piece for {named}{', ...' if len(words) > NAMED else ''}")
         return ids

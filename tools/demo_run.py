@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -28,6 +28,7 @@ from mdm.reference.world.scene import SHAPES, Scene, all_scenes, held_out
 from mdm.runtime import Pipeline, Result, load
 from mdm.tools.main import report
 from mdm.tools.options import FILE
+from mdm.tools.result_files import record_of
 from mdm.tools.sheet import FAINT, INK, LEGIBLE, LINE, MARGIN, PAPER, TEXT, Pixels, enlarged, wrap
 
 COLUMNS = 6  # cells in a row
@@ -131,14 +132,12 @@ def save(path: Path, pixels: Pixels) -> Path:
     return path
 
 
-def keep(results: Sequence[Result], folder: Path) -> Iterator[dict[str, object]]:
+def keep(results: Sequence[Result], folder: Path, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Save the pictures that were made; what stands in `results.jsonl` of each result."""
     for number, result in enumerate(results):
-        record = result.facts()
-        if result.request.picture is not None:
-            record["given"] = Path(result.request.picture).name
+        record = record_of(result, manifest)
         if result.picture is not None:
-            record["made"] = save(folder / f"{result.request.task}-{number}.png", result.picture).name
+            record["file"] = save(folder / f"{result.request.task}-{number}.png", result.picture).name
         yield record
 
 
@@ -158,13 +157,13 @@ def command(out: Path, seed: int) -> None:
     start = time.monotonic()
     pipeline = load(bundle)
     sections: list[Section] = []
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     for section in run_tasks(pipeline, folder, seed):
         click.echo(f"{time.monotonic() - start:5.1f} s  {section.title}")
         for cell in section.cells:
             click.echo(f"{'':9}{' -> '.join(text for text in (cell.given, cell.made) if text)}")
         sections.append(section)
-        records += keep(section.results, folder)
+        records += keep(section.results, folder, pipeline.model.manifest)
         start = time.monotonic()
     (folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     draw_sheet(sections).save(out)

@@ -62,7 +62,7 @@ class Watcher:
         pixels = self.model.pixels(step.prepared, step.x0)
         if pixels is not None and self.files is not None:
             self.files.save_picture(f"{name}-{at}", image_of(pixels))
-        text = self.model.texts(step.prepared, step.x0)
+        text = self.model.new_text(step.prepared, step.x0)
         if text is not None:
             self.drafts[step.index].append({"step": step.done, "text": text})
             self.bar.console.print(f"{name}-{at}  {in_one_line(text)}", markup=False, highlight=False)

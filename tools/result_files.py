@@ -31,8 +31,9 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 def files_for(out: Path | None, count: int, pictures: bool) -> ResultFiles | None:
     """Where `count` results go, with new pictures among them or without; None: nowhere."""
-    if out is None:
-        return ResultFiles(Path("out")) if pictures else None
+    if out is None and not pictures:
+        return None
+    out = out or Path("out")
     try:
         named = out.suffix.lower() in PICTURE_SUFFIXES and not out.is_dir()
         if named and not pictures:
@@ -83,7 +84,7 @@ class ResultFiles:
 
     def save(self, stem: str, suffix: str, content: bytes) -> Path:
         while self.name is None and (self.folder / (stem + suffix)).exists():  # another run's, begun meanwhile
-            stem = self.reserve()
+            stem = re.sub(r"^\d+", self.reserve(), stem)
         path = self.folder / (stem + suffix)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         with writing(path):

@@ -170,14 +170,14 @@ def run(
     if made_by:
         click.echo(f"{source} was made by another checkpoint than this bundle's: the result will differ", err=True)
 
-    told: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     undecoded = False
     with progress_bar(as_json, transient=True) as bar:
         watcher = Watcher(pipeline.model, bar, verb, count, files, preview, filmstrip)
         for outcomes in run_requests(pipeline, requests, batch, files, watcher):
             undecoded |= any(one.path is not None and one.path.suffix == ".npy" for one in outcomes)
             if as_json:
-                told += [in_json(one) for one in outcomes if one.record is not None]
+                records += [in_json(one) for one in outcomes if one.record is not None]
                 continue
             bar.stop()  # while it runs it takes what is printed for its own
             for one in outcomes:
@@ -190,7 +190,7 @@ def run(
             err=True,
         )
     if as_json:
-        print_json({"results": told, "seconds": round(time.monotonic() - begun, 3)})
+        print_json({"results": records, "seconds": round(time.monotonic() - begun, 3)})
 
 
 def requests_asked(source: Path | None, given: list[dict[str, Any]], line_is: str) -> list[Asked]:

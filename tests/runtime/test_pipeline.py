@@ -552,7 +552,7 @@ def test_what_a_callback_raises_ends_the_call_alone(error: type[BaseException], 
         with pytest.raises(error, match="enough"):
             pipeline.run(requests, watch)
         assert seen[-1].index == 2 or error not in (KeyboardInterrupt, SystemExit)
-        assert not any(lane.jobs for lane in pipeline.lanes.values())
+        assert not any(lane.jobs for lane in pipeline.lanes.made.values())
         assert bits(pipeline.run(requests)) == before
 
 

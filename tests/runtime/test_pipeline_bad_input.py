@@ -325,7 +325,7 @@ def test_one_sample_that_overflows_leaves_the_pipeline_sound(name: str, deployed
         pipeline.generate(label=[0, 1, 2], guidance=[1.0, 3e38, 1.0], steps=3)
     after = pipeline.generate(label=[0, 1, 2], guidance=1.0, steps=3)
     assert all(map(same, before, after))
-    assert not any(lane.jobs for lane in pipeline.lanes.values())
+    assert not any(lane.jobs for lane in pipeline.lanes.made.values())
 
 
 # -------------------------------------------------------------------------------------- denoise, load and calls
@@ -472,7 +472,7 @@ def test_a_stream_left_early_frees_its_lanes(deployed: Find) -> None:
     assert index == 1  # the first to end, not the first asked for
     assert same(first, alone[1])
     stream.close()  # type: ignore[attr-defined]
-    assert not any(lane.jobs for lane in pipeline.lanes.values())
+    assert not any(lane.jobs for lane in pipeline.lanes.made.values())
     assert all(map(same, pipeline.run(requests), alone))
     assert {index: result.latents.tobytes() for index, result in pipeline.stream(requests)} == {
         index: result.latents.tobytes() for index, result in enumerate(alone)

@@ -37,6 +37,10 @@ class Desk:
     def __init__(self, engine: FakeEngine | None = None, slots: int = 8, queue: int = 64) -> None:
         self.engine, self.slots, self.clock = engine or FakeEngine(), slots, Clock()
         self.lanes: dict[tuple[str, int], Lane] = {}
+        self.open(queue)
+
+    def open(self, queue: int = 64) -> None:
+        """A new scheduler on the same lanes."""
         self.scheduler = Scheduler(self.lane, queue, self.clock)
         self.submit, self.tick, self.cancel = self.scheduler.submit, self.scheduler.tick, self.scheduler.cancel
 
@@ -128,7 +132,8 @@ class Storm:
             self.bad.add(owner)
         deadline = self.desk.clock.now + self.rng.expovariate(1 / 60) if self.rng.random() < 0.3 else None
         watch = self.rng.random() < 0.25
-        full = len(self.desk.scheduler.waiting) >= self.desk.scheduler.queue
+        scheduler = self.desk.scheduler
+        full = sum(ticket.started is None for ticket in scheduler.waiting) >= scheduler.queue
         try:
             ticket = self.desk.submit(job, deadline, self.told if watch else None)
         except QueueFullError:
@@ -414,8 +419,8 @@ def test_what_cannot_be_loaded_ends_those_who_want_it() -> None:
         assert isinstance(ticket.error, InputError)
 
 
-def test_close_finds_everybody_after_an_accident() -> None:
-    """Memory is over while somebody joins: those around him, in whatever order they stand, can still be ended."""
+def test_who_cannot_have_a_lane_ends_alone() -> None:
+    """Memory is over while somebody's lane is made: those around him go on, in whatever order they stand."""
     desk = Desk(slots=1)
     make = desk.scheduler.lane_of
 
@@ -427,12 +432,56 @@ def test_close_finds_everybody_after_an_accident() -> None:
     desk.scheduler.lane_of = lane_of
     names = ["step_image", "step_image", "step_joint", "step_text", "step_image"]
     tickets = [desk.submit(make_job(name, n)) for n, name in enumerate(names, 1)]
-    with pytest.raises(MemoryError) as caught:
-        desk.tick()
-    desk.scheduler.close(caught.value)
-    assert [ticket.error for ticket in tickets] == [caught.value] * 5
-    assert not desk.scheduler.busy
+    assert desk.tick()[0] is tickets[2]
+    desk.drain()
+    assert [type(ticket.error) for ticket in tickets] == [type(None)] * 2 + [MemoryError] + [type(None)] * 2
     assert not any(lane.jobs for lane in desk.lanes.values())
+
+
+@pytest.mark.parametrize("when", ["push", "pull"])
+def test_a_device_that_does_not_answer_ends_its_lane_and_no_other(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copies fail while a step is prepared, or while somebody leaves; the next to come find the lane empty."""
+    desk = Desk(FakeEngine(apart=True))
+    mine = [desk.submit(make_job("step_image", n, steps=5)) for n in (1, 2)]
+    other = desk.submit(make_job("step_text", 3, steps=5))
+    desk.tick()
+    desk.tick()
+
+    lane = desk.lanes["step_image", 0]
+    buffers = [*lane.inputs.values(), *(buffer for pair in lane.pairs.values() for buffer in pair)]
+    kind = type(buffers[0])
+    works = getattr(kind, when)
+
+    def breaks(buffer: Any) -> None:
+        if buffer in buffers:
+            raise EngineError("no answer")
+        works(buffer)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(kind, when, breaks)
+        if when == "pull":
+            assert desk.cancel(mine[0])
+        else:
+            assert desk.tick() == mine
+    assert all(ticket.ended is not None for ticket in mine)
+    assert lane.jobs == []
+    job = make_job("step_image", 4, solver="dpmpp_2m")
+    expected = alone(job)[0]
+    late = desk.submit(job)
+    assert set(desk.drain()) == {other, late}
+    np.testing.assert_array_equal(job.state["base"], expected)
+
+
+def test_close_takes_no_more_and_a_job_is_taken_once() -> None:
+    desk = Desk()
+    job = make_job("step_image", 1)
+    desk.submit(job)
+    with pytest.raises(InputError, match="runs once"):
+        desk.submit(job)
+    desk.scheduler.close(RuntimeError("enough"))
+    assert not desk.scheduler.busy
+    with pytest.raises(RuntimeError, match="enough"):
+        desk.submit(make_job("step_image", 2))
 
 
 def test_an_interrupted_step_leaves_the_lane_clean() -> None:
@@ -449,6 +498,7 @@ def test_an_interrupted_step_leaves_the_lane_clean() -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         desk.tick()
     desk.scheduler.close(caught.value)
+    desk.open()
     desk.engine.fails = None
     job = make_job("step_text", 3, solver="euler-maruyama")
     expected = alone(job)[0]

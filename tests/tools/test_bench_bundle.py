@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from mdm.export import export_bundle
 from mdm.reference import SHIPPED_TOKENIZER, build_model, load_config
-from mdm.tools.bench import step
+from mdm.tools.bench import compare
 from mdm.tools.main import main
 
 QUICK = ["--seconds", "0.02", "--threads", "1", "--no-compile"]
@@ -85,7 +85,7 @@ def test_a_report_for_people_and_its_picture(bundle: Path, tmp_path: Path, capsy
 
 
 def test_compiling_is_told_apart(bundle: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "compiled_network", lambda network: network)
+    monkeypatch.setattr(compare, "compiled_network", lambda network: network)
     assert main(["bench", str(bundle), "--seconds", "0", "--threads", "1"]) == 0
     text = capsys.readouterr().out
     assert "\nPyTorch, compiled | " in text
@@ -101,7 +101,7 @@ def test_a_compiler_that_fails_is_told(bundle: Path, capsys: Out, monkeypatch: p
         twin.forward = forward
         return twin
 
-    monkeypatch.setattr(step, "compiled_network", broken)
+    monkeypatch.setattr(compare, "compiled_network", broken)
     assert main(["bench", str(bundle), "--seconds", "0", "--threads", "1"]) == 0
     text = capsys.readouterr().out
     assert "not measured, PyTorch, compiled: torch.compile failed: no C++ compiler was found" in text

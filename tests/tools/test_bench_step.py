@@ -30,7 +30,7 @@ Out = pytest.CaptureFixture[str]
 
 
 def test_every_form_is_measured(capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "compiled_network", lambda network: network)  # compiling takes half a minute
+    monkeypatch.setattr(compare, "compiled_network", lambda network: network)  # compiling takes half a minute
     assert main([*SMALL, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(row["preset"], row["tokens"], row["blocks"]) for row in found["rows"]] == [

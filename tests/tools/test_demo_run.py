@@ -116,9 +116,9 @@ def test_every_task_is_run_and_kept(pipeline: Pipeline, tmp_path: Path) -> None:
         assert all(cell.given or cell.made for cell in section.cells)
     assert [cell.given for cell in made[0].cells] == [caption(scene) for scene in demo.scenes_of_demo(demo.COLUMNS)]
     for section in made:
-        for record in demo.keep(section.results, tmp_path):
+        for record in demo.keep(section.results, tmp_path, pipeline.model.manifest):
             assert ("text" in record) == any(cell.made for cell in section.cells)
-            for key in {"given", "made"} & set(record):
+            for key in {"picture", "file"} & set(record):
                 with Image.open(tmp_path / str(record[key])) as image:
                     assert image.size == (32, 32)
 

@@ -6,7 +6,6 @@ products alone and with the PyTorch reference (`compare.py`), as far as the pack
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 
 from mdm.plugins.errors import InputError
 from mdm.runtime.bundle import open_bundle
-from mdm.runtime.lane import Lane
+from mdm.runtime.lane import Lanes
 from mdm.runtime.model import Model, makes
 from mdm.runtime.ort import OrtBackend, OrtGraph
 from mdm.runtime.pipeline import Pipeline, requests_of
@@ -81,7 +80,7 @@ class Deployed:
         self.pipeline = Pipeline(Model(opened, self.backend), batch)
         self.task = task or default_task(opened.manifest)
         self.requests = requests_for(self.model, self.task, steps, batch)
-        self.lane = functools.cache(lambda graph, tokens: Lane(self.backend, graph, tokens, batch))
+        self.lanes = Lanes(self.backend, batch)
         self.runs: list[Run] = []
 
     @property
@@ -93,7 +92,7 @@ class Deployed:
         start = time.perf_counter()
         prepared = [self.model.prepare(request) for request in self.requests]
         encode = time.perf_counter() - start
-        scheduler = Scheduler(self.lane, queue=len(prepared))
+        scheduler = Scheduler(self.lanes, queue=len(prepared))
         tickets = [scheduler.submit(one.job) for one in prepared]
         steps, busy = [], self.backend.busy
         while scheduler.busy:
@@ -167,7 +166,7 @@ def command(
     if as_json:
         print_json(report)
         return
-    for line in told(report):
+    for line in lines_of(report):
         click.echo(line)
 
 
@@ -193,7 +192,7 @@ def stages(runs: Sequence[Run], batch: int) -> Report:
     }
 
 
-def told(report: Report) -> Iterator[str]:
+def lines_of(report: Report) -> Iterator[str]:
     yield (
         f"{report['bundle']}, {report['task']}: {report['steps']} steps, batch {report['batch']}, {report['backend']}, "
         f"threads {report['threads']}"
