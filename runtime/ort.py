@@ -172,6 +172,10 @@ class OrtBackend:
     ) -> None:
         """`threads` of the CPU, default all it may use; `memory`: bytes of loaded graphs together, on a GPU of each."""
         self.bundle, self.name, self.threads, self.memory, self.number = bundle, name, threads, memory, device
+        if name.startswith("tensorrt"):
+            raise EnvironmentLackError(
+                f"backend '{name}' is not yet part of this version\nuse ort-cuda on an NVIDIA GPU"
+            )
         if name not in PROVIDERS:
             raise InputError(f"unknown backend '{name}'{nearest(name, PROVIDERS)}\nbackends: {', '.join(PROVIDERS)}")
         self.provider, self.device = PROVIDERS[name]
@@ -256,7 +260,7 @@ class OrtBackend:
         if need > self.memory:
             raise EnvironmentLackError(
                 f"graph '{name}' takes about {need / 1e6:.0f} MB of memory, the limit is {self.memory / 1e6:.0f} MB\n"
-                "allow it more memory"
+                "allow it more (--memory), or leave the limit out"
             )
         while self.loaded and need + sum(map(self.size_of, self.loaded)) > self.memory:
             self.loaded.popitem(last=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 
 from mdm.plugins.errors import InputError
 from mdm.runtime.json_schema import told
 
 MAX_TEXT = 100_000  # characters of a prompt: more is refused before it is split
-NAMED = 5  # words without a piece that a message names
+NAMED = 3  # unknown words in a message
+SPACE = "\u2581"  # SentencePiece's, before a word
 
 
 class Tokenizer:
@@ -39,8 +41,9 @@ class Tokenizer:
         ids: list[int] = self.model.encode(text)
         if self.model.unk_id() in ids:
             words = dict.fromkeys(word for word in text.split() if self.model.unk_id() in self.model.encode(word))
-            named = ", ".join(map(told, [*words][:NAMED] or [text]))
-            raise InputError(f"the model has no word piece for {named}{', ...' if len(words) > NAMED else ''}")
+            known = [self.model.id_to_piece(number).lstrip(SPACE) for number in range(self.model.get_piece_size())]
+            named = ", ".join(told(word) + meant(word, known) for word in [*words][:NAMED] or [text])
+            raise InputError(f"the model does not know {named}{', ...' if len(words) > NAMED else ''}")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -50,3 +53,8 @@ class Tokenizer:
                 break
             text.append(id_)
         return str(self.model.decode(text))
+
+
+def meant(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f" (did you mean {close[0]!r}?)" if close else ""

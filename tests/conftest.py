@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 # Before torch or numpy is imported. The tests' tensors are tiny, where a second thread only costs, and
 # sums then come out in the same order on every machine. Processes started by tests inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # many tests import it before anything of ours
 
 import pytest
 

@@ -255,7 +255,8 @@ def scan_library() -> str:
 def facts(bundle: Bundle) -> str:
     model = bundle.manifest
     size = f"{model['parameters'] / 1e6:.1f}M parameters in {model['precision']}"
-    return f"{model['name']}, {size}\ntasks: {', '.join(model['tasks'])}"
+    tasks = ", ".join(model["tasks"])
+    return f"{model['name']}, {size}\ntasks: {tasks}\nwhether its files are whole tells mdm inspect --verify"
 
 
 def one_step(bundle: Bundle, backend: str) -> str:

@@ -9,6 +9,7 @@ MDM_DEBUG=1 prints the traceback of any error. Verbs are imported when called, s
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -92,6 +93,8 @@ def failure_from_exception(error: BaseException) -> Failure:
         case FileNotFoundError() | PermissionError() | IsADirectoryError() | NotADirectoryError():
             found = " ".join(str(error.strerror or error).split())
             return Failure(2, found if error.filename is None else f"{error.filename}: {found}")
+        case OSError(errno=errno.ENOSPC):
+            return Failure(3, " ".join(str(error.strerror).split()))
         case ModuleNotFoundError() if (module := (error.name or "").partition(".")[0]) in EXTRA_OF_MODULE:
             extra = EXTRA_OF_MODULE[module]
             return Failure(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mdm.plugins.errors import InputError
+from mdm.runtime.bundle import sha256_of
 from mdm.runtime.json_schema import parse_json, told
 from mdm.runtime.pictures import read_file, read_picture
 from mdm.runtime.request import WORDS, Request
@@ -26,6 +27,7 @@ from mdm.runtime.words import nearest
 MAX_LINES = 100_000
 MAX_LINE = 2**20  # bytes
 METADATA = "mdm"  # key of the text in our PNG files
+PICTURE_HASH = "picture_sha256"  # in it, of the picture that was given
 FIELDS = tuple(name for name in WORDS if name != "noise")  # an array, which no line of text holds
 OWN_TO_SOLVERS = {"final_zero"}.union(*(solver.options for solver in SOLVERS.values()))
 
@@ -109,7 +111,13 @@ def from_picture(path: Path, given: dict[str, Any]) -> Asked:
     found = {name: record[name] for name in FIELDS if name in record}
     if given.get("solver", found.get("solver")) != found.get("solver"):
         found = {name: value for name, value in found.items() if name not in OWN_TO_SOLVERS}
-    return Asked(beside(path, found) | given, where, record.get("checkpoint"))
+    asked = beside(path, found)
+    if "picture" in asked and "picture" not in given and sha256_of(asked["picture"]) != record.get(PICTURE_HASH):
+        raise InputError(
+            f"{where} was made from another '{asked['picture'].name}' than the one that lies beside it now\n"
+            "put the right one there"
+        )
+    return Asked(asked | given, where, record.get("checkpoint"))
 
 
 def beside(path: Path, fields: dict[str, Any]) -> dict[str, Any]:

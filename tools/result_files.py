@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from mdm.plugins.errors import EnvironmentLackError, InputError
 from mdm.runtime import Result
-from mdm.tools.requests_file import METADATA
+from mdm.runtime.bundle import sha256_of
+from mdm.tools.requests_file import METADATA, PICTURE_HASH
 
 RESULTS = "results.jsonl"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -71,8 +72,8 @@ class ResultFiles:
     def save_picture(self, stem: str, image: Image.Image, record: Mapping[str, Any] | None = None) -> Path:
         """A PNG file with the record in its text, by which the picture can be made again."""
         info = PngInfo()
-        if record is not None:
-            info.add_text(METADATA, json.dumps(record))
+        if record is not None:  # less what differs from run to run: the same request gives the same file
+            info.add_text(METADATA, json.dumps({name: value for name, value in record.items() if name != "seconds"}))
         content = io.BytesIO()
         image.save(content, "PNG", pnginfo=info)
         return self.save(stem, ".png", content.getvalue())
@@ -127,9 +128,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def record_of(result: Result, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a result: the request, the outcome and the model. A given picture by its name alone: a path
-    would tell strangers about this machine."""
+    """What is kept of a result: the request, the outcome and the model. A given picture by name and hash: a path would
+    tell strangers about this machine, and of that name there are many."""
     picture = result.request.picture
-    given = {} if picture is None else {"picture": Path(picture).name}
+    given = {}
+    if isinstance(picture, str | Path):
+        given = {"picture": Path(picture).name}
+        with suppress(InputError):  # it may be gone by now
+            given[PICTURE_HASH] = sha256_of(picture)
     model = {"bundle": manifest["name"], "checkpoint": manifest["provenance"]["checkpoint"]["sha256"]}
     return result.facts() | given | model

@@ -35,6 +35,11 @@ HELP = {
     "final_zero": "Whether the last step goes to time 0.",
 }
 
+
+def solvers_with(option: str) -> list[str]:
+    return [name for name, solver in SOLVERS.items() if option in solver.options]
+
+
 bundle_argument = click.argument("bundle", type=FILE)
 negative_option = click.option("--negative", help="What the picture should not show. Default: nothing in particular.")
 filmstrip_option = click.option("--filmstrip", is_flag=True, help="Write how each picture came out of the noise, too.")
@@ -59,9 +64,9 @@ def sampling_options(command: F) -> F:
     for name, kind in reversed(KIND_OF_SETTING.items()):
         word = name.replace("_", "-")
         flag = f"--{word}/--no-{word}" if kind is bool else f"--{word}"
-        command = click.option(flag, name, type=kind, default=None, help=HELP.get(name, "For solvers that have it."))(
-            command
-        )
+        command = click.option(
+            flag, name, type=kind, default=None, help=HELP.get(name) or f"For {', '.join(solvers_with(name))}."
+        )(command)
     for option in (
         click.option("--size", type=int, help="Side of the picture in pixels, if the bundle has several."),
         click.option("--batch", type=click.IntRange(1), default=1, help="Samples of each request. Default: 1."),
@@ -82,8 +87,7 @@ def sampling_options(command: F) -> F:
 @sampling_options
 def generate(bundle: Path, prompts: tuple[str, ...], labels: tuple[int, ...], **options: Any) -> None:
     """Make pictures from prompts or classes."""
-    if not (prompts or labels or options["source"]):
-        raise InputError("nothing says what to generate\ngive a PROMPT, --label N, or --from FILE")
+    expect_arguments("generate", "PROMPT, or --label N", prompts or labels, options)
     typed = [{"prompt": prompt, "label": label} for prompt, label in product(prompts or [None], labels or [None])]
     run("generate", ("text_to_image", "class_to_image"), bundle, typed, "prompt", **options)
 
@@ -94,6 +98,7 @@ def generate(bundle: Path, prompts: tuple[str, ...], labels: tuple[int, ...], **
 @sampling_options
 def caption(bundle: Path, pictures: tuple[str, ...], **options: Any) -> None:
     """Say what pictures show."""
+    expect_arguments("caption", "PICTURE...", pictures, options)
     run("caption", ("caption",), bundle, [{"picture": one} for one in pictures] or [{}], "picture", **options)
 
 
@@ -104,6 +109,7 @@ def caption(bundle: Path, pictures: tuple[str, ...], **options: Any) -> None:
 @sampling_options
 def ask(bundle: Path, picture: str | None, prompt: str | None, **options: Any) -> None:
     """Answer a question about a picture."""
+    expect_arguments("ask", "PICTURE PROMPT", picture and prompt, options)
     run("ask", ("ask",), bundle, [{"picture": picture, "prompt": prompt}], "prompt", **options)
 
 
@@ -113,6 +119,7 @@ def ask(bundle: Path, picture: str | None, prompt: str | None, **options: Any) -
 @sampling_options
 def complete(bundle: Path, prompts: tuple[str, ...], **options: Any) -> None:
     """Go on from texts."""
+    expect_arguments("complete", "PROMPT...", prompts, options)
     run("complete", ("complete",), bundle, [{"prompt": one} for one in prompts] or [{}], "prompt", **options)
 
 
@@ -135,7 +142,13 @@ def joint(bundle: Path, label: int | None, **options: Any) -> None:
 @sampling_options
 def turn(bundle: Path, picture: str | None, prompt: str | None, **options: Any) -> None:
     """Go on in a dialogue: from a picture and a request to a new picture and a text."""
+    expect_arguments("turn", "PICTURE PROMPT", picture and prompt, options)
     run("turn", ("turn",), bundle, [{"picture": picture, "prompt": prompt}], "prompt", **options)
+
+
+def expect_arguments(verb: str, what: str, there: object, options: dict[str, Any]) -> None:
+    if not there and not options["source"]:
+        raise InputError(f"nothing says what to {verb}\nexpected: mdm {verb} BUNDLE {what}, or --from FILE")
 
 
 def run(

@@ -75,3 +75,13 @@ def test_the_library_needs_no_cpp_runtime() -> None:
     if needed.returncode:
         pytest.skip("no readelf here")
     assert "libstdc++" not in needed.stdout
+
+
+def test_onnx_runtime_reports_to_nobody() -> None:
+    """Its Linux builds have telemetry from 1.29 on, which says so where it finds no folder to keep its state in."""
+    code = "import mdm.runtime, onnxruntime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    nowhere = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    nowhere |= {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "XDG_STATE_HOME": "/dev/null"}
+    run = subprocess.run([sys.executable, "-c", code], env=nowhere, capture_output=True, text=True, check=True)
+    assert run.stdout == "1\n"
+    assert "telemetry" not in run.stderr.lower()

@@ -212,8 +212,8 @@ def test_rows_without_a_correction_run_on_the_plain_graph(deployed: Find) -> Non
         ("mdm", "joint", {"solver": "dpmpp_2m", "solver_type": "hein"}, "'hein'; did you mean 'heun'?"),
         ("mdm", "joint", {"solver": "dpm_3m", "order": 4}, "order is 4\nexpected one of: 1, 2, 3"),
         ("mdm", "joint", {"guidance": 1e39}, "guidance"),  # beyond float32, which graphs compute in
-        ("mdm", "text_to_image", {"prompt": "red zebra"}, "no word piece for 'zebra'"),
-        ("mdm", "text_to_image", {"prompt": "red", "negative": "zebra"}, "no word piece for 'zebra'"),
+        ("mdm", "text_to_image", {"prompt": "red zebra"}, "does not know 'zebra'"),
+        ("mdm", "text_to_image", {"prompt": "red", "negative": "zebra"}, "does not know 'zebra'"),
         ("mdm", "caption", {"picture": "/missing.png"}, "picture '/missing.png' cannot be read: No such file"),
     ],
 )  # fmt: skip

@@ -59,7 +59,7 @@ def test_words_without_a_piece_are_named(text: str, named: str, ours: Tokenizer)
     with pytest.raises(InputError) as error:
         ours.encode(text)
     assert named in str(error.value)
-    assert str(error.value).startswith("the model has no word piece for ")
+    assert str(error.value).startswith("the model does not know ")
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -60,7 +60,7 @@ def test_the_table_has_a_line_a_model_and_one_of_aims(capsys: Out) -> None:
 
 
 def test_what_misses_its_aim_is_told() -> None:
-    times = {"p50": 0.5, "p90": 0.6, "p99": 0.7, "count": 9}
+    times = {"p50": 0.5, "p90": 0.6, "p99": 0.7, "least": 0.4, "count": 9}
     row = {
         "preset": "dim-large", "tokens": 256, "blocks": 49, "seconds": {"runtime": times, "products": times},
         "ratios": {"runtime_over_products": 1.25, "python_over_runtime": 0.02},
@@ -70,6 +70,8 @@ def test_what_misses_its_aim_is_told() -> None:
     assert line == ""
     *_, line = step.table([row])
     assert line == "dim-large, 256 tokens misses the aim for python over runtime: MatMul 70.0%, Conv 30.0%"
+    *_, line = step.table([row | {"ratios": {}, "seconds": {"runtime": times | {"least": 0.1}, "products": times}}])
+    assert line.startswith("dim-large, 256 tokens: the machine was busy: medians far above the least times of ONNX")
 
 
 @pytest.mark.parametrize(

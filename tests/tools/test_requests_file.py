@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from mdm.tools import requests_file
 from mdm.tools.requests_file import METADATA, Asked, read_requests
 
 RECORD = {
-    "task": "turn", "prompt": "now red", "picture": "given.png", "seed": 7, "sample": 2, "solver": "dpmpp_2m",
-    "steps": 20, "guidance": 2.0, "order": 2, "final_zero": False, "text": "one red cross", "evaluations": 20,
-    "seconds": 0.5, "bundle": "tiny", "checkpoint": "ab" * 32,
+    "task": "turn", "prompt": "now red", "picture": "given.png", "picture_sha256": sha256(b"given").hexdigest(),
+    "seed": 7, "sample": 2, "solver": "dpmpp_2m", "steps": 20, "guidance": 2.0, "order": 2, "final_zero": False,
+    "text": "one red cross", "evaluations": 20, "seconds": 0.5, "bundle": "tiny", "checkpoint": "ab" * 32,
 }  # fmt: skip
 
 
@@ -64,8 +65,9 @@ def test_a_line_of_json_comes_before_the_command_line() -> None:
 
 
 def test_a_picture_brings_all_of_its_request_and_nothing_of_its_outcome() -> None:
+    Path("in/given.png").write_bytes(b"given")
     (one,) = read_requests(picture(RECORD), "prompt", {})
-    outcome = ("text", "evaluations", "seconds", "bundle", "checkpoint")
+    outcome = ("text", "evaluations", "seconds", "bundle", "checkpoint", "picture_sha256")
     assert one.fields == {name: value for name, value in RECORD.items() if name not in outcome} | {
         "picture": Path("in/given.png")
     }
@@ -76,9 +78,19 @@ def test_a_picture_brings_all_of_its_request_and_nothing_of_its_outcome() -> Non
 def test_the_command_line_varies_a_pictures_request() -> None:
     (one,) = read_requests(picture(RECORD), "prompt", {"seed": 8, "solver": "dpmpp_2m", "picture": "other.png"})
     assert (one.fields["seed"], one.fields["picture"], one.fields["order"]) == (8, "other.png", 2)
+    Path("in/given.png").write_bytes(b"given")
     (one,) = read_requests(picture(RECORD), "prompt", {"solver": "heun"})
     assert {"solver": "heun", "steps": 20, "guidance": 2.0}.items() <= one.fields.items()
     assert one.fields.keys().isdisjoint({"order", "final_zero"}), "an option of another solver"
+
+
+def test_another_picture_of_the_same_name_is_told() -> None:
+    """Every folder of results has its 0000.png."""
+    with pytest.raises(InputError, match=r"in/given.png' cannot be read"):
+        read_requests(picture(RECORD), "prompt", {})
+    Path("in/given.png").write_bytes(b"another")
+    with pytest.raises(InputError, match=r"was made from another 'given.png' than the one that lies beside it"):
+        read_requests(picture(RECORD), "prompt", {})
 
 
 WRONG: dict[str, tuple[str, str | bytes, str]] = {

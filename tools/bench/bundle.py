@@ -25,7 +25,7 @@ from mdm.runtime.pipeline import Pipeline, requests_of
 from mdm.runtime.request import Request
 from mdm.runtime.scheduler import Scheduler
 from mdm.tools.bench.clock import memory_peak, percentiles
-from mdm.tools.bench.compare import NAMES, aim_of, compare, operators, said, teller
+from mdm.tools.bench.compare import NAMES, aim_of, busy, compare, operators, said, teller
 from mdm.tools.options import FILE, engine_options, json_option, print_json
 
 if TYPE_CHECKING:
@@ -220,6 +220,8 @@ def lines_of(report: Report) -> Iterator[str]:
     yield ""
     for name in report["ratios"]:
         yield f"{name.replace('_', ' ')}: {said(name, report['ratios'][name])} (aim: {aim_of(name)})"
+    if warning := busy(report):
+        yield warning
     yield f"the engine's time: {operators(report)}; matrix products together {report['product_share']:.1%}"
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 Say = Callable[[str], None]  # what is being done
 
+DISTURBED = 1.5  # a median so many times the least time tells of the machine, not of the form
 NAMES = {
     "runtime": "ONNX Runtime", "products": "products alone", "torch": "PyTorch, eager", "compiled": "PyTorch, compiled"
 }  # fmt: skip
@@ -131,6 +132,15 @@ def compare(deployed: Deployed, seconds: float, compiles: bool, say: Say) -> Rep
         "compile_seconds": compiling,
         "missing": missing,
     }
+
+
+def busy(report: Report) -> str:
+    """A warning where the machine had other things to do, or nothing."""
+    forms = [name for name, took in report["seconds"].items() if took["p50"] > DISTURBED * took["least"]]
+    said = ", ".join(NAMES[name] for name in forms)
+    return (
+        f"the machine was busy: medians far above the least times of {said}; do not trust these ratios" if forms else ""
+    )
 
 
 def teller(as_json: bool) -> Say:

@@ -18,7 +18,7 @@ import click
 
 from mdm.plugins.errors import InputError
 from mdm.tools.bench.bundle import Deployed
-from mdm.tools.bench.compare import AIMS, Report, Say, aim_of, compare, missed, operators, said, teller
+from mdm.tools.bench.compare import AIMS, Report, Say, aim_of, busy, compare, missed, operators, said, teller
 from mdm.tools.options import json_option, print_json
 
 STEPS = 2  # of a run of the runtime's form, whose turn it is after that
@@ -116,6 +116,8 @@ def table(rows: Iterable[Report]) -> Iterator[str]:
         seconds = [f"{row['seconds'][name]['p50']:.4g}" for name in ("runtime", "products")]
         ratios = [said(name, row["ratios"][name]) if name in row["ratios"] else "-" for name in shown]
         yield " | ".join([model, str(row["tokens"]), *seconds, *ratios])
+        if warning := busy(row):
+            misses.append(f"{row['preset']}, {row['tokens']} tokens: {warning}")
         if names := missed(row["ratios"]):
             words = ", ".join(name.replace("_", " ") for name in names)
             misses.append(f"{row['preset']}, {row['tokens']} tokens misses the aim for {words}: {operators(row)}")
