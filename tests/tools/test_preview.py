@@ -24,7 +24,7 @@ def model(picture: bool = True, text: bool = False) -> Any:
     """Its latents are a shade of grey."""
     return SimpleNamespace(
         pixels=lambda prepared, x0: shade(int(x0[0])) if picture else None,
-        texts=lambda prepared, x0: f"shade\n{int(x0[0])}" if text else None,
+        new_text=lambda prepared, x0: f"shade\n{int(x0[0])}" if text else None,
     )
 
 
