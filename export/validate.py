@@ -6,7 +6,6 @@ The figure is the largest difference of an output over the largest value the mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ from mdm.export.graphs import Built, GraphSpec, Plan
 from mdm.export.truth import Arrays, Point, Truth, points_of
 from mdm.export.twin import write_twin
 from mdm.export.weights import Weights
-from mdm.plugins import register
-from mdm.plugins.errors import EnvironmentLackError, InputError, ParityError
+from mdm.plugins.errors import InputError, ParityError
+from mdm.plugins.machine import free_memory
 from mdm.reference.config import Config
+from mdm.runtime.ort import session_options
 
 # Of one evaluation, and of a whole run of a sampler: some thirty times what mdm-tiny and DiM's sizes showed.
 LIMITS = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 1e-4}  # bf16: of the twin, whose weights are the model's
@@ -54,11 +54,7 @@ def check_file(path: Path) -> None:
 
 def session(path: Path) -> onnxruntime.InferenceSession:
     """With the native scans where they are built, else by the bodies in the file."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    with suppress(EnvironmentLackError):  # slower without, as `mdm doctor` says
-        register(options)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), session_options(path.parent), providers=["CPUExecutionProvider"])
 
 
 def measure(
@@ -106,7 +102,7 @@ class Validation:
 
     def __init__(self, folder: Path, plan: Plan, built: Sequence[Built]) -> None:
         self.folder, self.plan, self.built = folder, plan, built
-        self.fits = ROOM * 4 * plan.parameters < available_memory()
+        self.fits = ROOM * 4 * plan.parameters < free_memory()
         self.truth = Truth(plan.checkpoint, plan.config, plan.external)
 
     def check_files(self) -> None:
@@ -193,14 +189,6 @@ def rounded_truth(truth: Truth, built: Sequence[Built]) -> Truth:
             if f"autoencoder.{name}" in half:
                 parameter.data = parameter.data.bfloat16().float()
     return Truth(truth.checkpoint.with_rounded(half), truth.config, external)
-
-
-def available_memory() -> int:
-    """Bytes that programs could still take."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def relative_error(found: np.ndarray, truth: np.ndarray) -> float:

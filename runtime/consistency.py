@@ -63,12 +63,8 @@ def fault_of(graph: Manifest, manifest: Manifest) -> str:
         history = ["batch", SLOTS, *latents[1:]]
         row = ["batch", len(modalities), len(ROW)]
         shapes |= {"point": latents, "noise": latents, "history": history, "row": row}
-        for name, shape in {
-            "base_next": latents,
-            "point_next": latents,
-            "x0": latents,
-            "history_next": history,
-        }.items():
+        made = {"base_next": latents, "point_next": latents, "x0": latents, "history_next": history}
+        for name, shape in made.items():
             if outputs.get(name) != shape:
                 return f"has an output {name} of shape {outputs.get(name)}, expected {shape}"
     for name, shape in shapes.items():

@@ -62,7 +62,7 @@ def test_what_does_not_fit_into_memory_is_not_run_and_says_so(
     export: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validate, "CUT_ABOVE", 0)
-    monkeypatch.setattr(validate, "available_memory", lambda: 0)
+    monkeypatch.setattr(validate, "free_memory", lambda: 0)
     manifest = export(family="dim")
     assert manifest["validation"]["whole"] == "not run: it does not fit into this machine's memory"
     assert manifest["golden"] == {}
