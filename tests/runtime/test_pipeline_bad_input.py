@@ -18,31 +18,11 @@ from mdm.plugins.errors import EngineError, InputError, MdmError
 from mdm.runtime import Pipeline, Request, Result, load
 from mdm.runtime.pipeline import Step
 
+from .some_requests import REQUESTS, refused, same
+
 Find = Callable[[str], Any]
 Spoil = Callable[..., Path]
 Manifest = dict[str, Any]
-
-PICTURE = np.full((32, 32, 3), 99, np.uint8)
-REQUESTS = {
-    "joint": Request.of("joint", seed=1, label=2),
-    "text_to_image": Request.of("text_to_image", prompt="two big red circles", seed=2),
-    "caption": Request.of("caption", picture=PICTURE, seed=3),
-    "turn": Request.of("turn", picture=PICTURE, prompt="red", seed=4),
-    "class_to_image": Request.of("class_to_image", label=1, seed=5),
-}
-STEP = "step_joint_guided"
-
-
-def refused(error: pytest.ExceptionInfo[MdmError]) -> str:
-    said = str(error.value)
-    assert said
-    assert len(said.splitlines()) <= 3
-    return said
-
-
-def same(a: Result, b: Result) -> bool:
-    pictures = (a.picture is None and b.picture is None) or np.array_equal(a.picture, b.picture)  # type: ignore[arg-type]
-    return np.array_equal(a.latents, b.latents) and a.text == b.text and pictures
 
 
 # ------------------------------------------------------------------------------------------------- overflow
