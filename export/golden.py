@@ -1,8 +1,9 @@
 """What goes into a bundle so that it can be checked, and driven, where no PyTorch is.
 
-    golden/<graph>.safetensors       inputs `in.<name>` and the model's answers `out.<name>`, float32
+    golden/<graph>.safetensors       inputs `in.<name>` and the model's answers `out.<name>`
     golden/task_<task>.safetensors   one whole run: start, conditioning, its own table (`in.rows`, 40 steps at most,
-                                     4 for large models), and the latents at every evaluation and at the end
+                                     4 for large models), latents, noise estimate and selection at every evaluation,
+                                     the latents at the end, and the text and picture that they decode to
     sampler/<task>.json              the table of the default sampler, for hosts in any language
 
 Letters: B batch, S evaluations, L latent tokens, T text tokens, d latent width.
@@ -34,7 +35,7 @@ from mdm.reference.tasks import TASKS, Request, Task
 from mdm.runtime.schedule import make_schedule
 from mdm.runtime.solver import ROW, STOCHASTIC, sampler_of, solver_table
 
-LARGE = 100_000_000  # parameters; beyond it a run has FEW steps, and one sample
+LARGE = 100_000_000  # parameters; up to it the model answers in float64, beyond it a run has FEW steps, and one sample
 FEW, MOST = 4, 40
 # What DiM samples upsample guidance with; beyond the config's own sampler.
 UPSAMPLE_SAMPLER = {"solver": "dpm_3s", "guidance": 3.0}
@@ -110,6 +111,7 @@ def _write_table(path: Path, rows: np.ndarray, **facts: Any) -> None:
 def write_cases(folder: Path, plan: Plan, truth: Truth) -> dict[str, str]:
     """The first point of each graph -> graph: file."""
     written = {}
+    truth = truth if plan.parameters > LARGE else truth.in_float64()
     for spec in plan.specs:
         inputs = truth.inputs(spec, points_of(spec, plan.config)[0])
         outputs = truth.outputs(spec, inputs)
@@ -119,7 +121,11 @@ def write_cases(folder: Path, plan: Plan, truth: Truth) -> dict[str, str]:
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
-    path.write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
+    """In float32, but for a run's estimates: a table multiplies their rounding by up to sigma / alpha at its start."""
+    kept = {
+        name: v.astype(np.float32) if v.dtype == np.float64 and name != "out.eps" else v for name, v in tensors.items()
+    }
+    path.write_bytes(save({name: np.ascontiguousarray(kept[name]) for name in sorted(kept)}))
     return f"{path.parent.name}/{path.name}"
 
 
@@ -130,26 +136,29 @@ def write_runs(folder: Path, plan: Plan, truth: Truth) -> dict[str, str]:
     """One run of each task by the reference's own solver -> task_<task>: file."""
     config = plan.config
     steps, batch = (FEW, 1) if plan.parameters > LARGE else (MOST, 2)
+    truth = truth if plan.parameters > LARGE else truth.in_float64()
     written = {}
     for task in tasks_of(config):
         run = default_run(config, task, steps)
-        written[f"task_{task}"] = _save(folder / f"task_{task}.safetensors", reference_run(config, truth, run, batch))
+        arrays = reference_run(config, truth, run, batch)
+        arrays.pop("out.logits", None)  # a large vocabulary's are larger than all the rest
+        written[f"task_{task}"] = _save(folder / f"task_{task}.safetensors", arrays)
     return written
 
 
 @torch.no_grad()
-def reference_run(config: Config, truth: Truth, run: Run, batch: int = 2) -> Arrays:
+def reference_run(config: Config, truth: Truth, run: Run, batch: int = 2, seed: int = 0) -> Arrays:
     model = truth.model(config.image_size)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     y = torch.randint(0, config.classes, (batch,), generator=draw)
     null = torch.full((batch,), config.classes)
     guidance = float(run.sampler["guidance"])
-    points: list[Tensor] = []
+    evaluations: dict[str, list[Tensor]] = {"points": [], "eps": []}
     options = {key: value for key, value in run.sampler.items() if key not in ("solver", "steps", "guidance")}
     tensors: dict[str, Tensor] = {"y": y, "guidance": torch.full((batch,), guidance)}
     if isinstance(model, DiM):
         schedule = reference_schedule(config.schedule_image)
-        z = torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=draw)
+        z = torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=draw).to(truth.dtype)
 
         def estimate(y: Tensor) -> Any:
             return lambda z, t: model(z, schedule.model_time(t).expand(len(z)), y)
@@ -160,10 +169,12 @@ def reference_run(config: Config, truth: Truth, run: Run, batch: int = 2) -> Arr
         def clean(z: Tensor) -> Tensor:
             return z
     else:
-        request = random_request(model, run.task, y if TASKS[run.task].drops == "class" else null, draw)
+        request = random_request(model, run.task, y if TASKS[run.task].drops == "class" else null, draw, truth.dtype)
         schedule = schedule_of(model, request)
         eps = Estimator(model, request, schedule, guidance)
-        z = torch.randn(request.clean.shape, generator=draw)
+        z = torch.randn(request.clean.shape, generator=draw).to(truth.dtype)
+        if config.keep < 1:
+            evaluations["mask"] = []
 
         def clean(z: Tensor) -> Tensor:
             return torch.where(request.given[..., None], request.clean, z)
@@ -172,16 +183,31 @@ def reference_run(config: Config, truth: Truth, run: Run, batch: int = 2) -> Arr
         if run.guided:
             tensors |= {"uncond": request.unguided_clean, "uncond_y": request.unguided_y}
     if run.sampler["solver"] in STOCHASTIC:
-        options["noise"] = torch.randn(len(run.rows), *z.shape, generator=draw)
+        options["noise"] = torch.randn(len(run.rows), *z.shape, generator=draw).to(truth.dtype)
         tensors["noise"] = options["noise"]
-    options["callback"] = lambda evaluation: points.append(clean(evaluation["z"]))
-    end = sample(run.sampler["solver"], eps, z, schedule, run.sampler["steps"], **options)
+    all_selected = torch.ones(z.shape[:2], dtype=truth.dtype)
+    chosen = [all_selected]  # the selection that each evaluation works with
+
+    def record(evaluation: dict[str, Any]) -> None:
+        evaluations["points"].append(clean(evaluation["z"]))
+        evaluations["eps"].append(evaluation["eps"])
+        if "mask" in evaluations:
+            assert isinstance(eps, Estimator)
+            evaluations["mask"].append(chosen[-1])
+            chosen.append(all_selected if eps.mask is None else eps.mask)
+
+    options["callback"] = record
+    end = clean(sample(run.sampler["solver"], eps, z, schedule, run.sampler["steps"], **options))
     inputs = {f"in.{name}": tensor.numpy() for name, tensor in tensors.items()}
-    inputs["in.rows"] = run.rows.astype(np.float32)
-    return inputs | {"out.points": torch.stack(points).numpy(), "out.z": clean(end).numpy()}
+    inputs |= {"in.rows": run.rows.astype(np.float32), "in.steps": np.array([run.sampler["steps"]])}
+    outputs = {name: torch.stack(tensors) for name, tensors in evaluations.items()}
+    outputs |= {"z": end} | truth.decoded(TASKS[run.task], end)
+    return inputs | {f"out.{name}": tensor.numpy() for name, tensor in outputs.items()}
 
 
-def random_request(model: MDM, task_name: str, y: Tensor, draw: torch.Generator) -> Request:
+def random_request(
+    model: MDM, task_name: str, y: Tensor, draw: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Request:
     """A request of random pieces and smooth random pictures: no tokenizer is needed, and no picture."""
     config, task, batch = model.config, TASKS[task_name], len(y)
     T = min(config.text_lengths) if task.text else 0
@@ -196,7 +222,7 @@ def random_request(model: MDM, task_name: str, y: Tensor, draw: torch.Generator)
         given.append((torch.arange(T) < known).expand(batch, -1))
     unguided = [text()] if T else []
     if task.image:
-        coarse = torch.rand(batch, config.in_channels, 4, 4, generator=draw) * 2 - 1
+        coarse = (torch.rand(batch, config.in_channels, 4, 4, generator=draw) * 2 - 1).to(dtype)
         size = (config.image_size, config.image_size)
         shown = model.vae.encode_image(torch.nn.functional.interpolate(coarse, size, mode="bilinear"))  # [B,M,d]
         tokens = shown.shape[1]

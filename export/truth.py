@@ -1,7 +1,7 @@
 """Inputs for a graph, and what the PyTorch model says to them: for validation and for the golden files.
 
-Inputs are drawn from a generator seeded by the graph's name. A step's row has a random time with its own alpha and
-sigma, and random numbers everywhere else, so that no column can be wrong without a trace.
+Inputs are drawn from a generator seeded by the graph's name and a number. A step's row has a random time with its own
+alpha and sigma, and random numbers everywhere else, so that no column can be wrong without a trace.
 
 Letters: B batch, L latent tokens, T text tokens, d latent width, m modalities, R columns.
 """
@@ -9,6 +9,7 @@ Letters: B batch, L latent tokens, T text tokens, d latent width, m modalities, 
 from __future__ import annotations
 
 import zlib
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -25,6 +26,7 @@ from mdm.reference.dim import DiM
 from mdm.reference.guidance import guide
 from mdm.reference.multimodal import MDM
 from mdm.reference.selection import select
+from mdm.reference.tasks import Task
 from mdm.runtime.schedule import make_schedule
 from mdm.runtime.solver import PARTS, ROW
 
@@ -54,28 +56,46 @@ def points_of(spec: GraphSpec, config: Config) -> list[Point]:
 class Truth:
     """The PyTorch model at the sizes a bundle has, and the stage that a step graph computes, in plain torch."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Config, external: External | None = None) -> None:
-        self.checkpoint, self.config, self.external = checkpoint, config, external
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        external: External | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`dtype` of everything; float64 is what errors of arithmetic are measured against."""
+        self.checkpoint, self.config, self.external, self.dtype = checkpoint, config, external, dtype
+        if external is not None and dtype != torch.float32:
+            self.external = replace(external, model=deepcopy(external.model).to(dtype))
         self.model = cache(self._model)
+
+    def in_float64(self) -> Truth:
+        return Truth(self.checkpoint, self.config, self.external, torch.float64)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All weights in float32; the models of all sizes share them."""
-        return {name: self.checkpoint.read(name).float() for name in self.checkpoint.expected}
+        """All weights; the models of all sizes share them."""
+        return {name: self.checkpoint.read(name).to(self.dtype) for name in self.checkpoint.expected}
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """An input, in this model's type if it is of floats."""
+        tensor = torch.from_numpy(array)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _model(self, size: int, through: int | None = None) -> DiM | MDM:
         """The model at that picture size; `through`: positions are resized to that size first."""
         config = replace(self.config, image_size=size)
         sides = [n // config.patch for n in (through, size) if n is not None]
         model = empty_model(config)
-        model.load_state_dict(self.tensors | {POSITION: self.checkpoint.position(sides)}, assign=True)
+        position = self.checkpoint.position(sides).to(self.dtype)
+        model.load_state_dict(self.tensors | {POSITION: position}, assign=True)
         return model.eval().requires_grad_(False)
 
     # ----------------------------------------------------------------------------------------------------- inputs
 
-    def inputs(self, spec: GraphSpec, point: Point) -> Arrays:
+    def inputs(self, spec: GraphSpec, point: Point, seed: int = 0) -> Arrays:
         config, B = self.config, point.batch
-        draw = np.random.default_rng(zlib.crc32(f"{spec.name} {point}".encode()))
+        draw = np.random.default_rng([zlib.crc32(f"{spec.name} {point}".encode()), seed])
 
         def normal(*shape: int) -> np.ndarray:
             return draw.standard_normal(shape, dtype=np.float32)
@@ -150,7 +170,7 @@ class Truth:
 
     @torch.no_grad()
     def outputs(self, spec: GraphSpec, inputs: Arrays) -> Arrays:
-        given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        given = {name: self.tensor(array) for name, array in inputs.items()}
         if spec.role in ("encode", "decode"):
             said = self._half_outputs(spec, given)
         elif spec.role == "denoise":
@@ -184,6 +204,22 @@ class Truth:
             return model(z, t, y)
         pictures = SETS[spec.set][1] * model.config.side**2
         return model(z, t, z.shape[1] - pictures, given["given"], y, given.get("mask"))
+
+    @torch.no_grad()
+    def decoded(self, task: Task, z: Tensor) -> dict[str, Tensor]:
+        """What a run's latents say: `logits` [B,T,V], `ids` [B,T] and the `margin` by which each won; `picture`."""
+        model, said = self.model(self.config.image_size), dict[str, Tensor]()
+        if isinstance(model, MDM):
+            M = model.config.side**2
+            if task.makes_text:
+                logits = model.vae.decode_text(z[:, : z.shape[1] - task.pictures * M])  # [B,T,V]
+                first, second = logits.topk(2).values.unbind(-1)
+                said |= {"logits": logits, "ids": logits.argmax(-1), "margin": first - second}
+            if task.makes_image:
+                said["picture"] = model.vae.decode_image(z[:, -M:], model.config.side)
+        elif self.external is not None:
+            said["picture"] = self.external.model.decode(z / self.external.scale)
+        return said
 
     def _step_outputs(self, spec: GraphSpec, given: dict[str, Tensor]) -> dict[str, Tensor]:
         base, point, history, row = (given[name] for name in ("base", "point", "history", "row"))
@@ -222,9 +258,9 @@ class Truth:
             return {"ids": found["logits"].argmax(-1)}
         if "mask_next" not in found:
             return {}
-        given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        given = {name: self.tensor(array) for name, array in inputs.items()}
         c = self.columns(spec, given["row"], given["point"])
-        return {"mask_next": self.selected(given, c, torch.from_numpy(found["x0"])).numpy()}
+        return {"mask_next": self.selected(given, c, self.tensor(found["x0"])).numpy()}
 
     def columns(self, spec: GraphSpec, row: Tensor, point: Tensor) -> dict[str, Tensor]:
         """Each column of a step's row as [B,1,1,1], or spread over the tokens of its modality as [B,L,1]."""

@@ -179,6 +179,12 @@ class Weights:
             raise ValueError(f"'{key}' is wanted as {dtype} {shape} and as {known.dtype} {known.shape}")
         return Stored(key, dtype, shape, DERIVED, key)
 
+    def value(self, stored: Stored) -> Tensor:
+        """What a graph finds there, before it is rounded to the graph's type."""
+        whole = self.derived[stored.key].make() if stored.file == DERIVED else self.checkpoint.read(stored.key)
+        start = stored.skip // DTYPES[stored.dtype].itemsize
+        return whole.flatten()[start : start + math.prod(stored.shape)].reshape(stored.shape)
+
     def position(self, side: int, through: int | None = None) -> Stored:
         """Learned positions for a grid of that side, float32 [1,2+side*side,E].
 
