@@ -36,6 +36,7 @@ class Job:
     state: dict[str, Array]  # base, later also point, history, mask, x0_before; stale while the job is in a lane
     done: int = 0  # rows
     taken: bool = False  # by a scheduler: a job is run once
+    noise: Array | None = field(default=None, repr=False)  # for each row, in place of the seed's
     x0: Array | None = field(default=None, repr=False)  # the clean latents as estimated last, if the caller looks on
 
     @property
@@ -156,7 +157,11 @@ class Lane:
             row = job.rows[job.done]
             rows.host[slot] = row
             if row[:, NOISE].any():
-                noise.host[slot] = normal(job.seed, job.sample, 1 + job.done, noise.host.shape[1:])
+                noise.host[slot] = (
+                    normal(job.seed, job.sample, 1 + job.done, noise.host.shape[1:])
+                    if job.noise is None
+                    else job.noise[job.done]
+                )
                 drawn = True
         rows.host[len(self.jobs) : count] = self.idle
         if self.edited:

@@ -102,6 +102,12 @@ class Model:
         clock = modalities.index("image") if makes(task["image"]) else 0
         return [make_schedule(known[modality]) for modality in modalities], clock
 
+    def rows(self, task: str, sampler: dict[str, Any], upsample: int = 0) -> Array:
+        """The table of a run, float64 [S,m,R]."""
+        settings = {name: value for name, value in sampler.items() if name != "guidance"}
+        schedules, clock = self.schedules(self.task(task))
+        return solver_table(schedules, clock=clock, upsample={"factor": upsample} if upsample else None, **settings)
+
     # ---------------------------------------------------------------------------------------------- before the steps
 
     def prepare(self, request: Request) -> Prepared:
@@ -117,9 +123,7 @@ class Model:
         sampler = sampler_for(own, request.sampler)
         guided = bool(sampler["guidance"] and task["drops"])
         graph = self.graph_for("step", task, request, guided, m)
-        settings = {name: value for name, value in sampler.items() if name != "guidance"}
-        schedules, clock = self.schedules(task)
-        rows = solver_table(schedules, clock=clock, upsample={"factor": m} if m else None, **settings)
+        rows = self.rows(request.task, sampler, m)
         graphs = [graph] * len(rows)
         if m:  # rows without a correction run on the plain graph
             size = self.bundle.graph(graph)["image_size"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -209,22 +209,8 @@ class OrtBackend:
             return self.loaded[name]
 
     def load(self, name: str) -> OrtGraph:
-        import onnxruntime
-
-        content = self.bundle.graph_bytes(name)
-        try:
-            session = onnxruntime.InferenceSession(content, self.options(name), providers=[self.provider_options()])
-        except Exception as error:  # ONNX Runtime's own classes, one for each status code
-            raise EnvironmentLackError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' of bundle '{self.bundle.path}':\n"
-                f"{' '.join(str(error).split())[:300]}"
-            ) from error
-        if self.provider not in session.get_providers():  # it fell back to the CPU
-            raise EnvironmentLackError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load its {self.provider}: CUDA or cuDNN is missing\n"
-                "mdm doctor says which"
-            )
         described = self.bundle.graph(name)
+        session = self.session(self.bundle.graph_bytes(name), name, described["operators"])
         for kind, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
             there = {one.name: (TYPES.get(one.type), one.shape) for one in found}
             said = {one["name"]: (one["dtype"], one["shape"]) for one in described[kind]}
@@ -236,9 +222,29 @@ class OrtBackend:
                 )
         return OrtGraph(name, session, described, self.device, self.number)
 
-    def options(self, name: str) -> SessionOptions:
+    def session(self, content: bytes, name: str, operators: Collection[str]) -> InferenceSession:
+        """Any graph on this engine; its weights lie in the bundle. `operators`: what it is made of."""
+        import onnxruntime
+
+        try:
+            session = onnxruntime.InferenceSession(
+                content, self.options(operators), providers=[self.provider_options()]
+            )
+        except Exception as error:  # ONNX Runtime's own classes, one for each status code
+            raise EnvironmentLackError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load graph '{name}' of bundle '{self.bundle.path}':\n"
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
+        if self.provider not in session.get_providers():  # it fell back to the CPU
+            raise EnvironmentLackError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load its {self.provider}: CUDA or cuDNN is missing\n"
+                "mdm doctor says which"
+            )
+        return session
+
+    def options(self, operators: Collection[str]) -> SessionOptions:
         # The library computes on the CPU. On a GPU that pays for Mamba-1 alone, whose body is a loop over tokens.
-        looped = f"{DOMAIN}.{SELECTIVE_SCAN.name}" in self.bundle.graph(name)["operators"]
+        looped = f"{DOMAIN}.{SELECTIVE_SCAN.name}" in operators
         return session_options(self.bundle.path, self.threads, native=self.device == "cpu" or looped)
 
     def provider_options(self) -> Any:

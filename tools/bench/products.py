@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +57,8 @@ class Profiled(OrtBackend):
         super().__init__(bundle, name, threads=threads)
         self.folder = folder
 
-    def options(self, name: str) -> SessionOptions:
-        options = super().options(name)
+    def options(self, operators: Collection[str]) -> SessionOptions:
+        options = super().options(operators)
         options.enable_profiling = True
         options.profile_file_prefix = f"{self.folder}/profile"
         return options
@@ -179,7 +179,7 @@ def products_session(
         for kind, shape in product.constants.items():
             window = pools[product.dtype][ALIGN * number :][: math.prod(shape)].reshape(shape)
             constants[f"{kind}_{number}"] = onnxruntime.OrtValue.ortvalue_from_numpy(window)
-    options = backend.options(graph)
+    options = backend.options(backend.bundle.graph(graph)["operators"])
     options.add_external_initializers(list(constants), list(constants.values()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[backend.provider_options()])
     feeds = {
