@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from onnx import ValueInfoProto
@@ -12,22 +11,13 @@ from onnx import ValueInfoProto
 from mdm.export.golden import default_run, set_of, tasks_of
 from mdm.export.graph import ONNX_TYPES
 from mdm.export.graphs import Built, Plan
+from mdm.plugins.machine import versions
 from mdm.reference.tokenizer import PAD
 from mdm.runtime.bundle import SCHEMA
 from mdm.runtime.solver import ROW, sampler_of
 
 NAMES = {int(number): name for name, number in ONNX_TYPES.items()}
 TOOLS = ("mdm-deploy", "onnx", "onnxruntime", "onnxruntime-gpu", "torch", "numpy", "safetensors")
-
-
-def tool_versions() -> dict[str, str]:
-    found = {}
-    for name in TOOLS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # onnxruntime-gpu is another distribution
-            continue
-    return found
 
 
 def graph_entry(built: Built) -> dict[str, Any]:
@@ -107,6 +97,6 @@ def facts_of(plan: Plan, sha256: str, tokenizer: str | None) -> dict[str, Any]:
                 "format": checkpoint.format,
                 "dtype": checkpoint.bulk_type,
             },
-            "tools": tool_versions(),
+            "tools": versions(TOOLS),
         },
     }

@@ -1,4 +1,4 @@
-"""What of this machine a process may use: cores and memory, within the limits of its control groups.
+"""What of this machine a process may use: cores and memory, within the limits of its control groups; and what is here.
 
 On the ground floor, and without a package of others, since `mdm doctor` looks when everything else is broken.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +29,20 @@ class Cores(NamedTuple):
     def threads(self) -> int:
         """As many as can work at once."""
         return max(1, int(min(self.usable, self.granted)))
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def cpu_name() -> str:
+    found = re.search(r"^model name\s*:\s*(.*)$", read("proc/cpuinfo"), re.MULTILINE)
+    return found[1] if found else platform.machine()
 
 
 def cores() -> Cores:
