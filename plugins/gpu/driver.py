@@ -1,0 +1,203 @@
+"""The CUDA driver library, found at run time: no toolkit, no torch. Every refusal names the call and CUDA's words.
+
+    driver = Driver()
+    device = Device(driver)              # GPU 0, by its primary context, which torch and ONNX Runtime use too
+    with device.current():
+        x = driver.allocate(1024)
+
+Handles and device pointers are plain integers. `launch.py` runs kernels with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
+
+from mdm.plugins.errors import EngineError, EnvironmentLackError
+
+LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+# cuda.h's numbers
+CAPABILITY = (75, 76)  # device attributes: major, minor
+SHARED_LIMIT = 97  # device attribute: bytes of shared memory a block may ask for
+DYNAMIC_SHARED = 8  # function attribute: how much of that it does ask for
+CAPTURE_RELAXED = 2
+
+_HANDLE = POINTER(c_void_p)
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "cuGetErrorName": (c_int, POINTER(c_char_p)),
+    "cuGetErrorString": (c_int, POINTER(c_char_p)),
+    "cuInit": (c_uint,),
+    "cuDriverGetVersion": (POINTER(c_int),),
+    "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDeviceGetName": (c_char_p, c_int, c_int),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuDevicePrimaryCtxRetain": (_HANDLE, c_int),
+    "cuDevicePrimaryCtxRelease_v2": (c_int,),
+    "cuCtxPushCurrent_v2": (c_void_p,),
+    "cuCtxPopCurrent_v2": (_HANDLE,),
+    "cuModuleLoadData": (_HANDLE, c_char_p),
+    "cuModuleGetFunction": (_HANDLE, c_void_p, c_char_p),
+    "cuFuncSetAttribute": (c_void_p, c_int, c_int),
+    "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
+    "cuStreamCreate": (_HANDLE, c_uint),
+    "cuStreamDestroy_v2": (c_void_p,),
+    "cuStreamSynchronize": (c_void_p,),
+    "cuStreamBeginCapture_v2": (c_void_p, c_int),
+    "cuStreamEndCapture": (c_void_p, _HANDLE),
+    "cuGraphInstantiateWithFlags": (_HANDLE, c_void_p, c_uint64),
+    "cuGraphDestroy": (c_void_p,),
+    "cuGraphLaunch": (c_void_p, c_void_p),
+    "cuGraphExecDestroy": (c_void_p,),
+    "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
+    "cuMemFree_v2": (c_uint64,),
+    "cuMemcpyHtoD_v2": (c_uint64, c_char_p, c_size_t),
+    "cuMemcpyDtoH_v2": (c_char_p, c_uint64, c_size_t),
+}
+
+
+class Driver:
+    """The library. Each method is one call; `call` is any of FUNCTIONS by name."""
+
+    def __init__(self, library: str = LIBRARY) -> None:
+        try:
+            loaded = ctypes.CDLL(library)
+        except OSError as error:
+            raise EnvironmentLackError(
+                f"no NVIDIA driver: {library} cannot be loaded\nfound: {error}\n"
+                "install the driver of this machine's GPU; in a container: --gpus all"
+            ) from error
+        self._functions = {}
+        for name, arguments in FUNCTIONS.items():
+            if not hasattr(loaded, name):
+                raise EnvironmentLackError(
+                    f"the NVIDIA driver ({library}) has no function {name}\nexpected a driver for CUDA 12 or newer\n"
+                    "update the driver of this machine's GPU"
+                )
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, c_int
+            self._functions[name] = function
+        try:
+            self.call("cuInit", 0)
+        except EngineError as error:
+            raise EnvironmentLackError(
+                f"the NVIDIA driver ({library}) is here, but {error}\n"
+                "nvidia-smi may tell more; in a container: --gpus all"
+            ) from error
+
+    def call(self, name: str, *arguments: Any) -> None:
+        if status := self._functions[name](*arguments):
+            raise EngineError(f"{name} failed: {self.words(status)}")
+
+    def words(self, status: int) -> str:
+        """CUDA's name and text for a status."""
+        said = []
+        for function in ("cuGetErrorName", "cuGetErrorString"):
+            text = c_char_p()
+            self._functions[function](status, byref(text))
+            said.append((text.value or b"unknown").decode(errors="replace"))
+        return f"{said[0]} ({status}), {said[1]}"
+
+    def handle(self, name: str, *arguments: Any) -> int:
+        """Of a function that gives a handle through its first argument."""
+        made = c_void_p()
+        self.call(name, byref(made), *arguments)
+        return made.value or 0
+
+    def number(self, name: str, *arguments: Any) -> int:
+        """Of a function that gives an int through its first argument."""
+        made = c_int()
+        self.call(name, byref(made), *arguments)
+        return made.value
+
+    def version(self) -> str:
+        """The newest CUDA this driver serves: "12.8"."""
+        number = self.number("cuDriverGetVersion")
+        return f"{number // 1000}.{number % 1000 // 10}"
+
+    def launch(
+        self, function: int, grid: Sequence[int], threads: int, shared: int, stream: int, arguments: Any
+    ) -> None:
+        """`arguments`: a ctypes array of the arguments' addresses; the driver has copied them when this returns."""
+        self.call("cuLaunchKernel", function, *grid, threads, 1, 1, shared, stream, arguments, None)
+
+    def allocate(self, size: int) -> int:
+        made = c_uint64()
+        self.call("cuMemAlloc_v2", byref(made), size)
+        return made.value
+
+    def free(self, pointer: int) -> None:
+        self.call("cuMemFree_v2", pointer)
+
+    def upload(self, pointer: int, data: bytes) -> None:
+        self.call("cuMemcpyHtoD_v2", pointer, data, len(data))
+
+    def download(self, pointer: int, size: int) -> bytes:
+        data = ctypes.create_string_buffer(size)
+        self.call("cuMemcpyDtoH_v2", data, pointer, size)
+        return data.raw
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        stream = self.handle("cuStreamCreate", 1)  # 1: does not wait for the default stream
+        try:
+            yield stream
+        finally:
+            self.call("cuStreamDestroy_v2", stream)
+
+    def synchronize(self, stream: int) -> None:
+        self.call("cuStreamSynchronize", stream)
+
+    def begin_capture(self, stream: int) -> None:
+        """From here on, what is launched on the stream is recorded and does not run."""
+        self.call("cuStreamBeginCapture_v2", stream, CAPTURE_RELAXED)
+
+    def end_capture(self, stream: int) -> int:
+        """What was recorded, as a graph to be launched with `replay` any number of times."""
+        graph = c_void_p()
+        self.call("cuStreamEndCapture", stream, byref(graph))
+        try:
+            return self.handle("cuGraphInstantiateWithFlags", graph, 0)
+        finally:
+            self.call("cuGraphDestroy", graph)
+
+    def replay(self, graph: int, stream: int) -> None:
+        self.call("cuGraphLaunch", graph, stream)
+
+    def free_graph(self, graph: int) -> None:
+        self.call("cuGraphExecDestroy", graph)
+
+
+class Device:
+    """One GPU with its primary context, held until `close`."""
+
+    def __init__(self, driver: Driver, number: int = 0) -> None:
+        self.driver, self.number = driver, number
+        try:
+            self._device = driver.number("cuDeviceGet", number)
+        except EngineError as error:
+            raise EnvironmentLackError(
+                f"there is no GPU {number} here: {error}\nnvidia-smi lists the GPUs; CUDA_VISIBLE_DEVICES may hide some"
+            ) from error
+        name = ctypes.create_string_buffer(256)
+        driver.call("cuDeviceGetName", name, len(name), self._device)
+        self.name = name.value.decode(errors="replace")
+        major, minor = (driver.number("cuDeviceGetAttribute", part, self._device) for part in CAPABILITY)
+        self.capability = (major, minor)
+        self.shared_limit = driver.number("cuDeviceGetAttribute", SHARED_LIMIT, self._device)
+        self.context = driver.handle("cuDevicePrimaryCtxRetain", self._device)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """This thread's calls go to this device; the context it had before comes back at the end."""
+        self.driver.call("cuCtxPushCurrent_v2", self.context)
+        try:
+            yield
+        finally:
+            self.driver.handle("cuCtxPopCurrent_v2")
+
+    def close(self) -> None:
+        self.driver.call("cuDevicePrimaryCtxRelease_v2", self._device)

@@ -1,0 +1,253 @@
+"""Which kernels there are, and which of them serve which sizes. Pure data and arithmetic: nothing here needs Triton.
+
+    plan = choose(SSD_SCAN, "bfloat16", sizes, has=7, multiprocessors=132, capability=(9, 0))
+    for launch in plan.launches: ...     # each with its variant, grid, and the value of every integer argument
+
+A pointer argument is called like the operator's input, `y`, or one of the plan's scratch buffers. The pointer of an
+absent input or buffer may be any aligned one.
+
+How a scan is laid over a GPU:
+* One launch (`*_scan`) with a program for each sample, head and block of W of its width (Mamba-1: W channels). Narrow
+  blocks are twice as many, and each repeats the products of B and C: for N = 128, P = 64, 29% more operations. The wide
+  ones are taken where there are two of them for each multiprocessor.
+* Where that would leave half of the multiprocessors idle and the sequence is long, it is cut into segments, in three
+  launches (see common.py). They read x, B and the steps twice, and take a quarter more operations for Mamba-2 and 70%
+  more for Mamba-1: worth it from twice the programs on.
+
+Letters as in the contract; W width of a block, Q tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SSD_SCAN, Operator
+from mdm.plugins.errors import InputError
+
+# name, type, divisor (of a pointer in bytes). T is the type of the activations.
+Argument = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel to compile."""
+
+    kernel: str
+    dtype: str  # of the activations
+    constants: Mapping[str, int]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    variant: Variant
+    grid: tuple[int, int, int]
+    integers: Mapping[str, int]  # by argument
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launches in order, none where y has no elements, and the float32 buffers they need for themselves."""
+
+    launches: tuple[Launch, ...]
+    scratch: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def _arguments(activations: str, floats: str, integers: Mapping[str, int]) -> dict[str, Argument]:
+    pointers = {name: (name, f"*{type_}", 16) for type_, names in (("T", activations), ("fp32", floats))
+                for name in names.split()}  # fmt: skip
+    return pointers | {name: (name, "i32", divisor) for name, divisor in integers.items()}
+
+
+_FLOATS = "A D dt_bias delta_bias mask states step_sums"
+_SSD = _arguments("x dt Bm C z y", _FLOATS, {"L": 1, "H": 1, "P": 16, "G": 1, "segment": 16, "has": 1})
+_SELECTIVE = _arguments("u delta Bm C z y", _FLOATS, {"L": 1, "R": 16, "G": 1, "segment": 16, "has": 1})
+_CARRY = _arguments("", _FLOATS, {"segments": 1, "size": 16, "per_step": 1, "per_A": 1})
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Where a kernel is, and its arguments in order."""
+
+    module: str
+    arguments: tuple[Argument, ...]
+
+
+def _kernel(module: str, arguments: dict[str, Argument], names: str) -> Kernel:
+    return Kernel(f"mdm.plugins.gpu.{module}", tuple(arguments[name] for name in names.split()))
+
+
+KERNELS = {
+    "ssd_scan": _kernel("ssd", _SSD, "x dt A Bm C D z dt_bias mask states y L H P G segment has"),
+    "ssd_segment_states": _kernel("ssd", _SSD, "x dt A Bm dt_bias mask states step_sums L H P G segment has"),
+    "selective_scan": _kernel(
+        "selective", _SELECTIVE, "u delta A Bm C D z delta_bias mask states y L R G segment has"
+    ),
+    "selective_segment_states": _kernel(
+        "selective", _SELECTIVE, "u delta A Bm delta_bias mask states step_sums L R G segment has"
+    ),
+    "carry_states": _kernel("common", _CARRY, "states step_sums A segments size per_step per_A"),
+}  # fmt: skip
+
+HAS_START = 16  # in `has`, behind the contract's bits
+SSD_STATES = (16, 32, 64, 128)
+SELECTIVE_STATES = (16,)
+UNIT = 64  # tokens: segments are whole numbers of them
+# Segments shorter than this cost more in launches and start states than they gain.
+SHORTEST = 4 * UNIT
+CARRY_BLOCK = 256
+
+
+def ssd_variant(dtype: str, N: int, W: int, Q: int) -> Variant:
+    """Float32 has no matrix instructions: its products want all their operands in registers, so tiles are small."""
+    if dtype == "float32":
+        return Variant("ssd_scan", dtype, {"N": N, "K": min(N, 64), "W": W, "Q": Q}, 8 if N >= 64 else 4, 2)
+    return Variant("ssd_scan", dtype, {"N": N, "K": N, "W": W, "Q": Q}, 8 if N * W > 4096 else 4, 2)
+
+
+def ssd_states_variant(dtype: str, N: int) -> Variant:
+    K, Q = (min(N, 64), 32) if dtype == "float32" else (N, 64)
+    return Variant("ssd_segment_states", dtype, {"N": N, "K": K, "W": 32, "Q": Q}, 4, 2)
+
+
+def selective_variant(kernel: str, dtype: str, N: int) -> Variant:
+    return Variant(kernel, dtype, {"N": N, "S": 4, "W": 32, "Q": 16}, 4, 2)
+
+
+def ssd_widths(dtype: str, N: int) -> tuple[int, ...]:
+    """Narrow and wide."""
+    if dtype == "float32":
+        return (16,) if N == 128 else (32,)
+    return (32, 64)
+
+
+def ssd_chunk(dtype: str, capability: tuple[int, int]) -> int:
+    """64 rows are what the matrix instructions of 9.0 to 11.0 take at once. The others hold operands in registers."""
+    if dtype == "float32":
+        return 16
+    return 64 if 9 <= capability[0] <= 11 else 32
+
+
+def variants() -> Iterator[Variant]:
+    """Everything `choose` may choose."""
+    for dtype in ACTIVATIONS:
+        chunks = {ssd_chunk(dtype, (major, 0)) for major in (8, 9)}
+        for N in SSD_STATES:
+            for W in ssd_widths(dtype, N):
+                yield from (ssd_variant(dtype, N, W, Q) for Q in sorted(chunks))
+            yield ssd_states_variant(dtype, N)
+        for N in SELECTIVE_STATES:
+            yield from (selective_variant(f"selective_{part}", dtype, N) for part in ("scan", "segment_states"))
+    yield CARRY
+
+
+CARRY = Variant("carry_states", "float32", {"BLOCK": CARRY_BLOCK}, 4, 1)
+
+
+def choose(
+    operator: Operator,
+    dtype: str,
+    sizes: Mapping[str, int],
+    has: int,
+    multiprocessors: int,
+    capability: tuple[int, int],
+) -> Plan:
+    """How a scan of these sizes (the contract's letters) is launched."""
+    operator.present(has)
+    if dtype not in ACTIVATIONS:
+        raise InputError(
+            f"{operator.name}: no GPU kernel for activations of type {dtype!r}\n"
+            f"expected one of: {', '.join(ACTIVATIONS)}"
+        )
+    return (_choose_ssd if operator is SSD_SCAN else _choose_selective)(dtype, sizes, has, multiprocessors, capability)
+
+
+def _choose_ssd(
+    dtype: str, sizes: Mapping[str, int], has: int, multiprocessors: int, capability: tuple[int, int]
+) -> Plan:
+    B, L, H, P, G, N = (sizes[letter] for letter in "BLHPGN")
+    _require(SSD_SCAN, "N", N, N in SSD_STATES, f"one of {', '.join(map(str, SSD_STATES))}")
+    _require(SSD_SCAN, "P", P, P % 32 == 0, "a multiple of 32")
+    if not B * L * H * P:
+        return Plan(())
+    _require_room(SSD_SCAN, B, L, H * P, G * N)
+    narrow, wide = (ws := [W for W in ssd_widths(dtype, N) if P % W == 0])[0], ws[-1]
+    segments, segment = _segments(B * H * P // narrow, L, multiprocessors)
+    W = wide if segments * B * H * P // wide >= 2 * multiprocessors else narrow
+    scan = ssd_variant(dtype, N, W, ssd_chunk(dtype, capability))
+    integers = {"L": L, "H": H, "P": P, "G": G, "segment": segment, "has": has}
+    grid = H * P // W, segments, B
+    if segments == 1:
+        return Plan((Launch(scan, grid, integers),))
+    states = ssd_states_variant(dtype, N)
+    blocks = H * P // states.constants["W"] * N // states.constants["K"]
+    return Plan(
+        (
+            Launch(states, (blocks, segments, B), integers),
+            _carry(B, segments, H * N * P, N * P, N * P),
+            Launch(scan, grid, integers | {"has": has | HAS_START}),
+        ),
+        {"states": (B, segments, H, N, P), "step_sums": (B, segments, H)},
+    )
+
+
+def _choose_selective(
+    dtype: str, sizes: Mapping[str, int], has: int, multiprocessors: int, capability: tuple[int, int]
+) -> Plan:
+    B, L, D, G, N = (sizes[letter] for letter in "BLDGN")
+    R = D // G
+    _require(SELECTIVE_SCAN, "N", N, N in SELECTIVE_STATES, f"one of {', '.join(map(str, SELECTIVE_STATES))}")
+    _require(SELECTIVE_SCAN, "D / G", R, R % 16 == 0, "a multiple of 16")
+    if not B * L * D:
+        return Plan(())
+    _require_room(SELECTIVE_SCAN, B, L, D, G * N)
+    scan = selective_variant("selective_scan", dtype, N)
+    blocks = G * -(-R // scan.constants["W"])
+    segments, segment = _segments(B * blocks, L, multiprocessors)
+    integers = {"L": L, "R": R, "G": G, "segment": segment, "has": has}
+    grid = blocks, segments, B
+    if segments == 1:
+        return Plan((Launch(scan, grid, integers),))
+    return Plan(
+        (
+            Launch(selective_variant("selective_segment_states", dtype, N), grid, integers),
+            _carry(B, segments, D * N, N, 1),
+            Launch(scan, grid, integers | {"has": has | HAS_START}),
+        ),
+        {"states": (B, segments, D, N), "step_sums": (B, segments, D)},
+    )
+
+
+def _segments(programs: int, L: int, multiprocessors: int) -> tuple[int, int]:
+    """How many segments, and their tokens: for two programs a multiprocessor, and no last one that waits for them."""
+    segments = min(2 * multiprocessors // programs, L // SHORTEST)
+    if 2 * programs > multiprocessors or segments < 2:
+        return 1, -(-L // UNIT) * UNIT
+    segment = -(-L // (segments * UNIT)) * UNIT
+    return -(-L // segment), segment
+
+
+def _carry(B: int, segments: int, size: int, per_step: int, per_A: int) -> Launch:
+    integers = {"segments": segments, "size": size, "per_step": per_step, "per_A": per_A}
+    return Launch(CARRY, (-(-size // CARRY_BLOCK), B, 1), integers)
+
+
+def _require(operator: Operator, letter: str, size: int, fits: bool, expected: str) -> None:
+    if not fits:
+        raise InputError(
+            f"{operator.name}: no GPU kernel for {letter} = {size}\nexpected {expected}\n"
+            "use the operator's ONNX function instead"
+        )
+
+
+def _require_room(operator: Operator, B: int, L: int, *rows: int) -> None:
+    """Within a sample the kernels count elements in 32 bits; a grid has at most 65535 samples."""
+    elements = prod((L + UNIT, max(rows)))
+    if elements >= 2**31 or B > 65535:
+        raise InputError(
+            f"{operator.name}: a batch of {B} samples with {elements} elements is too large for a launch\n"
+            "expected at most 65535 samples, each of fewer than 2^31 elements"
+        )
