@@ -40,6 +40,8 @@ QUICK = {  # what benchmarks are given besides, to be done in a second or two
     "bench ops": ["--batch", "1", "--length", "20", "--width", "64", "--threads", "1", "--seconds", "0.001"],
     "bench scaling": ["--tokens", "16", "--tokens", "36", "--width", "64", "--blocks", "3", "--seconds", "0.001"],
     "bench step": ["--preset", "mdm-1024", "--tokens", "16", "--blocks", "3", "--no-compile", "--seconds", "0.001"],
+    "check half.bundle": ["--level", "files"],
+    "check tiny.bundle": ["--level", "files", "--task", "class_to_image", "--steps", "2"],
     "bench tiny.bundle": ["--steps", "2", "--no-compile", "--seconds", "0.001"],
 }
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
@@ -59,7 +61,7 @@ def folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_command_is_known() -> None:
     known = (
         "tools/demo", "tools/test", "mdm evaluate", "mdm train", "mdm doctor", "mdm bench", "mdm export", "mdm inspect",
-        "mdm generate", "mdm caption", "mdm ask", "mdm complete", "mdm joint", "mdm turn", "pip install",
+        "mdm generate", "mdm caption", "mdm ask", "mdm complete", "mdm joint", "mdm turn", "mdm check", "pip install",
     )  # fmt: skip
     assert [command for command in COMMANDS if not command.startswith(known)] == []
 

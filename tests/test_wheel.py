@@ -11,8 +11,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from email import message_from_bytes
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -56,6 +57,10 @@ from mdm.plugins.library import cpu_library_path
 found = [name for name in ("torch", "onnx", "onnxscript", "pytest", "scikit_build_core") if find_spec(name)]
 print(json.dumps([str(cpu_library_path()), find_spec("mdm.runtime").origin, found]))
 """
+
+
+MDM = "import sys; from mdm.tools.main import main; sys.exit(main(sys.argv[1:]))"
+Hold = Callable[[str, float, float], None]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_bundle(SHIPPED_CHECKPOINT, "mdm-tiny", tmp_path_factory.mktemp("b") / "tiny.bundle", validate=False)
+    return export_bundle(SHIPPED_CHECKPOINT, "mdm-tiny", tmp_path_factory.mktemp("b") / "tiny.bundle")
 
 
 def run(python: str | Path, *words: str | Path, folder: Path) -> Any:
@@ -152,6 +157,19 @@ def test_the_command_runs_there(python: Path, bundle: Path, tmp_path: Path) -> N
     words = ["generate", bundle, PROMPT, "--steps", "3", "--threads", "1", "--out", "made.png"]
     subprocess.run([*mdm, *words], cwd=tmp_path, capture_output=True, check=True)
     assert (tmp_path / "made.png").stat().st_size > 100
+
+
+def test_the_bundle_is_checked_there(python: Path, bundle: Path, tmp_path: Path, figure: Hold) -> None:
+    """By its golden files, and with a report."""
+    words = ["check", bundle, "--report", "report", "--json"]
+    began = time.monotonic()
+    report = run(python, "-c", MDM, *words, folder=tmp_path)
+    figure("mdm check without torch, seconds", time.monotonic() - began, 20)
+    assert (report["verdict"], report["against"]) == ("PASS", "golden")
+    ran = {finding["level"] for finding in report["findings"] if finding["verdict"] == "PASS"}
+    assert ran == {"files", "steps", "trajectories", "decoded"}
+    made = {path.name for path in (tmp_path / "report").iterdir()}
+    assert made == {"report.json", "junit.xml", "report.html", "summary.md"}
 
 
 def test_what_needs_pytorch_says_so_there(python: Path, tmp_path: Path) -> None:

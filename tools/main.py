@@ -32,6 +32,8 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "complete": ("mdm.tools.sample:complete", "Go on from texts."),
     "joint": ("mdm.tools.sample:joint", "Make pictures together with texts that describe them."),
     "turn": ("mdm.tools.sample:turn", "Go on in a dialogue: from a picture and a request to new ones."),
+    "check": ("mdm.tools.check.command:command", "Prove that a bundle computes what its model computes."),
+    "plugin": ("mdm.tools.plugin:command", "Build the kernels that run the scans on a GPU."),
     "train": ("mdm.tools.train:command", "Train a model, or go on with one."),
     "bench": ("mdm.tools.bench.command:command", "Measure speed and memory."),
     "doctor": ("mdm.tools.doctor:command", "Say what works on this machine, and what to do about the rest."),

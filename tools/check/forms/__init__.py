@@ -1,0 +1,1 @@
+"""A report as JSON, JUnit, Markdown and a page."""

@@ -1,0 +1,1 @@
+"""The levels of a check, from files to pictures; each yields findings."""

@@ -1,0 +1,1 @@
+"""Graphs node by node: in torch, cut into parts, bisected, and as sub-models."""

@@ -1,0 +1,74 @@
+"""One stretch of a graph, in a folder: the smallest model that shows an error, its inputs, and the true outputs.
+
+    model.onnx         the nodes, with their weights      (weights.bin beside it, where those are large)
+    case.safetensors   in.<name>, out.<name>: floats of the truth in float64; how far off each may be, as metadata
+
+Running it again needs ONNX Runtime and numpy, neither torch nor the bundle.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdm.plugins.errors import EnvironmentLackError, InputError
+from mdm.runtime.ort import PROVIDERS, engine_errors, require_engine, session_options
+from mdm.runtime.safetensors_header import read_array, read_header
+from mdm.tools.check.finding import Array, Difference, Limits, difference
+
+MODEL, CASE, README, WEIGHTS = "model.onnx", "case.safetensors", "README.txt", "weights.bin"
+ABOUT = "mdm.case"  # key of the metadata
+EQUAL = Limits(1e-30, 1e-30, "equal")  # of whole numbers and decisions
+
+
+def compare(found: Array, truth: Array) -> Difference:
+    """Of what the truth says: where it is not finite itself, nothing is asked."""
+    asked = np.isfinite(truth)
+    if asked.all() or found.shape != truth.shape:
+        return difference(found, truth)
+    return difference(np.where(asked, found, 0), np.where(asked, truth, 0))
+
+
+def about(limits: dict[str, Limits], looped: bool) -> dict[str, str]:
+    """The metadata of a case; `looped`: it has a scan that a GPU too does better by our library than token by token."""
+    return {ABOUT: json.dumps({"limits": {name: asdict(one) for name, one in limits.items()}, "looped": looped})}
+
+
+def replay(folder: Path, backend_name: str = "ort-cpu") -> tuple[Difference, Limits]:
+    """Run it again -> the output that takes most of its limit, and that limit."""
+    header = read_header(folder / CASE)
+    if ABOUT not in header.metadata or not (folder / MODEL).is_file():
+        raise InputError(f"'{folder}' is no folder of mdm check: {MODEL} or the limits in {CASE} are missing")
+    told: dict[str, Any] = json.loads(header.metadata[ABOUT])
+    arrays = {name: read_array(folder / CASE, entry) for name, entry in header.tensors.items()}
+    feeds = {name.removeprefix("in."): array for name, array in arrays.items() if name.startswith("in.")}
+    limits = {name: Limits(**one) for name, one in told["limits"].items()}
+    found = dict(zip(limits, run(folder, backend_name, feeds, list(limits), told["looped"]), strict=True))
+    errors = {}
+    for name, array in found.items():
+        truth = arrays[f"out.{name}"]
+        if array.shape != truth.shape:
+            raise InputError(f"output '{name}' has the shape {list(array.shape)}, the truth has {list(truth.shape)}")
+        errors[name] = compare(array, truth)
+    worst = max(errors, key=lambda name: limits[name].used(errors[name]))
+    return errors[worst], limits[worst]
+
+
+def run(folder: Path, backend_name: str, feeds: dict[str, Array], wanted: list[str], looped: bool) -> list[Array]:
+    require_engine()
+    import onnxruntime
+
+    if backend_name not in PROVIDERS:
+        raise InputError(f"unknown backend '{backend_name}'\nbackends: {', '.join(PROVIDERS)}")
+    provider, device = PROVIDERS[backend_name]
+    if provider not in onnxruntime.get_available_providers():
+        raise EnvironmentLackError(f"backend '{backend_name}' needs ONNX Runtime's {provider}, which is not here")
+    with engine_errors(f"the model in '{folder}'"):
+        options = session_options(folder, native=looped or device == "cpu")
+        session = onnxruntime.InferenceSession((folder / MODEL).read_bytes(), options, providers=[provider])
+        found: list[Array] = session.run(wanted, feeds)
+    return found

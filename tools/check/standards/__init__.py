@@ -1,0 +1,1 @@
+"""What a deployment is measured against, and how its runs are walked."""
