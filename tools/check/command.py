@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mdm.plugins.errors import EnvironmentLackError, InputError, ParityError
-from mdm.tools.check.finding import LEVELS, Finding, Verdict, worst_of
+from mdm.tools.check.finding import LEVELS, OF_RUNS, Finding, Verdict, worst_of
 from mdm.tools.options import FILE, engine_options, json_option, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -104,9 +106,22 @@ def whole(path: Path, options: dict[str, Any]) -> bool:
             "nothing was checked: every level asked for was skipped\n"
             + "; ".join(dict.fromkeys(finding.said for finding in report.findings))
         )
+    report.findings = [with_command(finding, path, options) for finding in report.findings]
     written = [] if folder is None else write_report(report, folder, history)
     tell(report, written, options["as_json"])
     return report.verdict is Verdict.PASS or (report.verdict is Verdict.AMBIGUOUS and options["ambiguous"] == "pass")
+
+
+def with_command(finding: Finding, path: Path, options: dict[str, Any]) -> Finding:
+    """What did not pass tells how to see it again: its level and task, with its own seed."""
+    if finding.reproduce or finding.verdict not in (Verdict.FAIL, Verdict.AMBIGUOUS):
+        return finding
+    words = ["mdm", "check", str(path), "--level", finding.level, "--backend", options["backend"]]
+    for name in ("against", "checkpoint", "autoencoder", "steps"):
+        words += [f"--{name}", str(options[name])] if options[name] is not None else []
+    words += ["--task", finding.subject] if finding.level in OF_RUNS else []
+    seed = re.search(r"seed (\d+)", finding.case)
+    return replace(finding, reproduce=shlex.join([*words, *(["--seed", seed[1]] if seed else [])]))
 
 
 def make_check(path: Path, options: dict[str, Any]) -> Check:

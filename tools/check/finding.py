@@ -19,6 +19,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 LEVELS = ("files", "operators", "blocks", "steps", "trajectories", "decoded")  # in the order they run
+OF_RUNS = LEVELS[-2:]  # those that go through whole runs of a task
 
 
 class Verdict(StrEnum):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 
 from mdm.plugins import machine
+from mdm.plugins.errors import EnvironmentLackError
+from mdm.plugins.library import cpu_library_path, instruction_set
 from mdm.runtime.bundle import MANIFEST, sha256_of
 from mdm.runtime.model import Model
 
@@ -21,7 +23,16 @@ def fingerprint(model: Model) -> dict[str, str]:
         "precision": ", ".join([manifest["precision"], *(f"fp32: {one}" for one in manifest["fp32_layers"])]),
         "exported with": ", ".join(f"{name} {number}" for name, number in made["tools"].items()),
         "backend": model.backend.name,
-        "cpu": f"{machine.cpu_name()}, {machine.cores().threads} threads",
+        "cpu": f"{machine.cpu_name()}, {getattr(model.backend, 'threads', None) or machine.cores().threads} threads",
+        "scans": scans(),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         **machine.versions(TOOLS),
     }
+
+
+def scans() -> str:
+    """What computes the scan operators on the CPU."""
+    try:
+        return f"native library, {instruction_set()}, {sha256_of(cpu_library_path())}"
+    except EnvironmentLackError:
+        return "function bodies"

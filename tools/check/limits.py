@@ -18,6 +18,7 @@ ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "floa
 TABLE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
 RUN_TABLE = {"fp32": 1e-3, "fp16": 1e-1, "bf16": 5e-1}
 TIES = {"fp32": 0.01, "fp16": 0.1, "bf16": 0.5}  # logits, or shares of what a token moved, that near are a tie
+MOST_RMS, MOST_WORST = 0.5, 1.0  # whatever the floor: an output of zeros has an error of 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Multiples:
     def limits(self, floor: Difference, dtype: str) -> Limits:
         least = ROUNDING[dtype]
         return Limits(
-            self.rms * max(floor.rms, least), self.worst * max(floor.worst, least),
+            min(self.rms * max(floor.rms, least), MOST_RMS), min(self.worst * max(floor.worst, least), MOST_WORST),
             f"{self.rms:g} x floor in the mean, {self.worst:g} x at worst",
         )  # fmt: skip
 

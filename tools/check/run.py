@@ -1,4 +1,4 @@
-"""One run of a check: the levels in order, each adding to the report. `check` is what the command and Python call."""
+"""One run of a check: the levels in order, each adding to the report. The command builds a `Check`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mdm.plugins.errors import EngineError, InputError, ParityError
 from mdm.runtime.model import Model, modalities_of, pictures_of
 from mdm.runtime.ort import OrtBackend
 from mdm.runtime.words import nearest
-from mdm.tools.check.finding import LEVELS, Finding, Verdict
+from mdm.tools.check.finding import LEVELS, OF_RUNS, Finding, Verdict
 from mdm.tools.check.fingerprint import fingerprint
 from mdm.tools.check.levels.decoded import check_decoded
 from mdm.tools.check.levels.files import check_files
@@ -27,7 +27,6 @@ from mdm.tools.check.standards.walk import OnBackend
 Item = Finding | Drift | BlockErrors | Divergence | PicturePair | TextPair
 Progress = Callable[[str, int, int], None]  # level, units of it done, units in all
 
-OF_RUNS = ("trajectories", "decoded")  # levels that go through the standard's runs
 MOST_PLACED = 3  # graphs that failed are bisected; more of them rarely say more
 MOST_PAIRS = 64  # pictures, and texts, that a report keeps
 

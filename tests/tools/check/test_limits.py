@@ -45,3 +45,11 @@ def test_the_table_grows_with_coarser_types_and_with_whole_runs() -> None:
     assert single == sorted(single)
     made = difference(np.full(10, 1 + 2**-11), np.ones(10))  # values stored in half precision pass
     assert table_limits("fp16").used(made) < 1 < table_limits("fp32").used(made)
+
+
+def test_no_floor_lets_zeros_pass() -> None:
+    """An output of zeros has an error of 1, in the mean and at worst."""
+    truth = np.linspace(-1, 1, 50)
+    coarse = difference(truth * 1.4, truth)
+    limits = Multiples().limits(coarse, "float16")
+    assert limits.used(difference(np.zeros(50), truth)) > 1

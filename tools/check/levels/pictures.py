@@ -57,13 +57,13 @@ def blur(x: Plane) -> Plane:
     return x
 
 
-def picture_faults(found: Picture, truth: Picture) -> list[str]:
-    """What is wrong with a picture at first sight and is not so in the true one, in plain words."""
-    _check(found, truth)
+def picture_faults(found: Picture, truth: Picture | None) -> list[str]:
+    """What is wrong with a picture at first sight and is not so in the true one, if it is known; in plain words."""
+    _check(found, found if truth is None else truth)
     names = kinds(found, **FOUND)
     if names & {"black", "white"}:
         names -= {"constant", "saturated"}  # which follow
-    names -= kinds(truth, **TRUTH)
+    names -= set() if truth is None else kinds(truth, **TRUTH)
     return [said for name, said in FAULTS.items() if name in names]
 
 

@@ -66,6 +66,9 @@ def held(
     table: Limits, multiples: Multiples,
 ) -> Finding:  # fmt: skip
     """A tensor against the true one: by its noise floor where the model's own answer in deployed types is there."""
+    if found.shape != truth.shape:
+        said = f"its shape is {list(found.shape)}, expected {list(truth.shape)}"
+        return Finding(level, subject, part, case, Verdict.FAIL, said, found.shape)
     error, floor = difference(found, truth), None if deployed is None else difference(deployed, truth)
     limits = multiples.limits_or(table, floor, found.dtype.name)
     said = ""

@@ -11,6 +11,7 @@ Memory: the tensors that are live between two parts, and one part's own.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,6 @@ from mdm.tools.check.report import BlockErrors, Divergence
 
 Values = Callable[[str], Tensor]
 Live = dict[str, Tensor]
-NONE = Difference(0.0, 0.0, 0.0, 1.0, (), 0.0, 0.0)
 
 
 def bisect(
@@ -275,7 +275,7 @@ class Bisection:
         return Divergence(
             self.name, node, module, op, worst.dtype if worst else "", inputs, outputs,
             worst.error.rms if worst else float("nan"), worst.floor.rms if worst else float("nan"), said, where,
-            f"mdm check --replay {where}" if where else "",
+            f"mdm check --replay {shlex.quote(where)}" if where else "",
         )  # fmt: skip
 
     def amount(self, one: Judged) -> str:

@@ -43,11 +43,12 @@ def replay(folder: Path, backend_name: str = "ort-cpu") -> tuple[Difference, Lim
     header = read_header(folder / CASE)
     if ABOUT not in header.metadata or not (folder / MODEL).is_file():
         raise InputError(f"'{folder}' is no folder of mdm check: {MODEL} or the limits in {CASE} are missing")
-    told: dict[str, Any] = json.loads(header.metadata[ABOUT])
+    limits, looped = limits_in(header.metadata[ABOUT], folder)
     arrays = {name: read_array(folder / CASE, entry) for name, entry in header.tensors.items()}
     feeds = {name.removeprefix("in."): array for name, array in arrays.items() if name.startswith("in.")}
-    limits = {name: Limits(**one) for name, one in told["limits"].items()}
-    found = dict(zip(limits, run(folder, backend_name, feeds, list(limits), told["looped"]), strict=True))
+    if missing := [name for name in limits if f"out.{name}" not in arrays]:
+        raise InputError(f"'{folder / CASE}' has limits for {', '.join(missing)}, and no true values")
+    found = dict(zip(limits, run(folder, backend_name, feeds, list(limits), looped), strict=True))
     errors = {}
     for name, array in found.items():
         truth = arrays[f"out.{name}"]
@@ -56,6 +57,19 @@ def replay(folder: Path, backend_name: str = "ort-cpu") -> tuple[Difference, Lim
         errors[name] = compare(array, truth)
     worst = max(errors, key=lambda name: limits[name].used(errors[name]))
     return errors[worst], limits[worst]
+
+
+def limits_in(text: str, folder: Path) -> tuple[dict[str, Limits], bool]:
+    try:
+        told: dict[str, Any] = json.loads(text)
+        limits = {name: Limits(**one) for name, one in told["limits"].items()}
+        sound = limits and all(0 < limit < np.inf for one in limits.values() for limit in (one.rms, one.worst))
+        looped = bool(told["looped"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise InputError(f"the limits in '{folder / CASE}' are not those that mdm check writes")
+    return limits, looped
 
 
 def run(folder: Path, backend_name: str, feeds: dict[str, Array], wanted: list[str], looped: bool) -> list[Array]:

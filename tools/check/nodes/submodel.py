@@ -117,6 +117,7 @@ def write_case(
         del tensor.external_data[:]
         tensor.data_location = TensorProto.DEFAULT
         tensor.raw_data = array.tobytes()
+    (folder / WEIGHTS).unlink(missing_ok=True)  # onnx would append to it
     large = sum(array.nbytes for array in values.values()) > INLINE
     onnx.save(model, folder / MODEL, save_as_external_data=large, location=WEIGHTS, size_threshold=1024)
     arrays = {f"in.{name}": array for name, array in part.feeds.items()}

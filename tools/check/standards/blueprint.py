@@ -18,6 +18,7 @@ from onnx import ModelProto
 from torch import Tensor
 
 from mdm.export.bundle import external_of, make_plan
+from mdm.export.golden import UPSAMPLE_SAMPLER
 from mdm.export.graphs import Built, GraphSpec, Plan
 from mdm.export.manifest import facts_of, graph_entry
 from mdm.export.precision import make_precision
@@ -27,6 +28,7 @@ from mdm.plugins.errors import InputError
 from mdm.reference import load_config
 from mdm.runtime.bundle import Bundle, sha256_of
 from mdm.runtime.json_schema import told
+from mdm.runtime.solver import sampler_of
 from mdm.tools.check.finding import Finding, Verdict
 from mdm.tools.check.nodes.evaluator import Evaluation
 
@@ -97,6 +99,11 @@ def check_facts(bundle: Bundle, blueprint: Blueprint) -> Iterator[Finding]:
     unknown = ["provenance"]  # which tools made it
     if manifest["picture"] and manifest["picture"]["latent_scale"] is not None and plan.external is None:
         unknown.append("picture")  # it has an autoencoder that was not named
+    for name, one in blueprint.built.items():
+        if one.spec.upsample and one.spec.guided:
+            key, table = f"sampler of {name}", f"sampler/{name.removeprefix('step_')}.json"
+            expected[key] = sampler_of({"sampler": dict(plan.config.sampler) | UPSAMPLE_SAMPLER})
+            found[key] = json.loads(bundle.content(table)).get("sampler")
     wrong = [key for key, fact in expected.items() if key not in unknown and found.get(key) != plain(fact)]
     for key in wrong:
         said = f"is {told(found.get(key))}, the exporter writes {told(plain(expected[key]))}"

@@ -15,7 +15,8 @@ from mdm.tools.check.limits import TABLE
 from mdm.tools.check.standards.standard import Case, GoldenStandard, Run
 from mdm.tools.check.standards.walk import OnBackend
 
-SAME = ("config", "null_class", "row", "schedules", "text", "picture", "tasks")  # of two manifests that compare
+# of two manifests that compare
+SAME = ("config", "null_class", "row", "schedules", "text", "picture", "tasks", "sampler", "sampler_for")
 
 
 @dataclass

@@ -19,9 +19,9 @@ from safetensors.numpy import load
 from mdm.plugins.errors import InputError, ParityError
 from mdm.runtime.model import Model
 from mdm.runtime.request import sampler_for
-from mdm.runtime.solver import PARTS, ROW
+from mdm.runtime.solver import PARTS, ROW, STOCHASTIC
 from mdm.tools.check.finding import Array
-from mdm.tools.check.standards.golden_files import fault_of_case, fault_of_run
+from mdm.tools.check.standards.golden_files import CARRIED, fault_of_case, fault_of_run
 
 State = dict[str, Array]  # what a step graph carries on: base, point, history; mask and x0_before where it selects
 Advance = Callable[["Run", int, State], State]  # one evaluation: run, its number, the state before it -> after it
@@ -167,10 +167,10 @@ def part_of(arrays: Mapping[str, Array], prefix: str) -> State:
 
 def run_of(model: Model, task: str, seed: int, arrays: Mapping[str, Array], deployed: Deployed | None = None) -> Run:
     """A run as `export.golden.reference_run` records it. Its table is computed anew, as the runtime would."""
-    inputs, outputs = part_of(arrays, "in."), part_of(arrays, "out.")
-    inputs.pop("rows", None)
-    base, noise, steps = inputs.pop("base"), inputs.pop("noise", None), int(inputs.pop("steps")[0])
+    given, outputs = part_of(arrays, "in."), part_of(arrays, "out.")
+    base, steps = given["base"], int(given["steps"][0])
     sampler = model.manifest["sampler_for"].get(task, model.manifest["sampler"])
+    noise = given["noise"] if sampler["solver"] in STOCHASTIC else None
     rows = model.rows(task, sampler_for(sampler, {"steps": steps}))
     if len(rows) != len(outputs["eps"]):
         raise ParityError(
@@ -178,8 +178,10 @@ def run_of(model: Model, task: str, seed: int, arrays: Mapping[str, Array], depl
             f"the model's own makes {len(outputs['eps'])}: the manifest's sampler is not the model's"
         )
     graph = model.task(task)["step"]
+    taken = {spec["name"] for spec in model.bundle.graph(graph)["inputs"]} - set(CARRIED)
+    inputs = {name: array for name, array in given.items() if name in taken}
     spread = Spread(model, graph, base.shape[1])
-    states = list(replay(rows, outputs["eps"], base, inputs.get("given"), noise, outputs.get("mask"), spread))
+    states = list(replay(rows, outputs["eps"], base, given.get("given"), noise, outputs.get("mask"), spread))
     picture = outputs["z"] if makes_pixels(model, graph) else outputs.get("picture")
     points = np.concatenate([outputs["points"][1:], outputs["z"][None]])
     decoded = Decoded(outputs.get("ids"), outputs.get("margin"), picture, outputs.get("logits"))

@@ -13,7 +13,17 @@ from mdm.plugins.errors import EngineError
 from mdm.runtime.ort import OrtGraph
 from mdm.tools.check import limits
 from mdm.tools.check.finding import Array, Finding, Verdict
-from mdm.tools.check.levels.decoded import Decoder, by_engine, check_decoded, check_pictures, check_texts
+from mdm.tools.check.levels.decoded import (
+    Decoder,
+    at_end,
+    by_engine,
+    check_decoded,
+    check_pictures,
+    check_texts,
+    excused,
+    near_decision,
+    without_truth,
+)
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.report import PicturePair, TextPair
 from mdm.tools.check.standards.blueprint import make_blueprint
@@ -104,7 +114,7 @@ def test_broken_pictures_trip(exported: Find, fault: str) -> None:
     run, true = pictures(exported)
     made = true.copy()
     made[1] = BROKEN[fault](true[1])
-    finding, *pairs = check_pictures(exported("mdm").model, run, made, true, None, "fp32")
+    finding, *pairs = check_pictures(exported("mdm").model, run, made, true, None, "fp32", lambda: False)
     assert isinstance(finding, Finding)
     assert finding.verdict is Verdict.FAIL
     assert finding.said.startswith("off by ")
@@ -117,7 +127,7 @@ def test_a_black_picture_fails_whatever_the_limits_say(exported: Find, monkeypat
     """A limit as wide as the picture itself lets it pass; its looks do not."""
     run, true = pictures(exported)
     monkeypatch.setitem(limits.RUN_TABLE, "fp32", 1e6)
-    finding, *_ = check_pictures(exported("mdm").model, run, np.full_like(true, -1), true, None, "fp32")
+    finding, *_ = check_pictures(exported("mdm").model, run, np.full_like(true, -1), true, None, "fp32", lambda: False)
     assert isinstance(finding, Finding)
     assert finding.used is not None
     assert finding.used < 1
@@ -129,7 +139,7 @@ def test_pictures_that_are_not_finite_fail_without_a_warning(exported: Find, val
     run, true = pictures(exported)
     made = true.copy()
     made[0, 1] = value
-    finding, *pairs = check_pictures(exported("mdm").model, run, made, true, true, "fp32")
+    finding, *pairs = check_pictures(exported("mdm").model, run, made, true, true, "fp32", lambda: False)
     assert isinstance(finding, Finding)
     assert finding.verdict is Verdict.FAIL
     assert finding.said.startswith("1024 of 6144 values are not finite, the first at [0, 1, 0, 0]")
@@ -194,3 +204,26 @@ def test_an_engine_that_fails_is_a_finding(exported: Find, monkeypatch: pytest.M
     (finding,) = checked(exported("mdm"), run)
     assert finding.verdict is Verdict.FAIL
     assert finding.said == "graph 'decode_image' failed in ONNX Runtime: no memory"
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(0.3, Verdict.FAIL), (float("nan"), Verdict.FAIL), (None, Verdict.SKIPPED)]
+)
+def test_a_picture_without_a_true_one_is_looked_at(exported: Find, value: float | None, verdict: Verdict) -> None:
+    model = exported("latent").model
+    [run] = exported("latent").golden.runs("class_to_image")
+    drawn = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32)
+    finding = without_truth(model, run, drawn if value is None else np.full_like(drawn, value))
+    assert finding.verdict is verdict
+
+
+def test_a_run_near_a_decision_is_ambiguous_if_every_evaluation_is_right(exported: Find) -> None:
+    """The end is pushed away behind the evaluations' back, and together with them."""
+    [run] = exported("mdm").against_model((0,)).runs("complete")
+    engine = OnBackend(exported("mdm").model.backend)
+    z = engine.end(run)
+    far = at_end(run, "latents", z + 1, run.states[-1]["base"], None, "fp32")
+    assert far.verdict is Verdict.FAIL
+    moved = near_decision(run, engine, z + 1, "fp32", Multiples())
+    assert excused(far, moved).verdict is Verdict.FAIL
+    assert excused(far, near_decision(run, engine, z, "fp32", Multiples())).verdict is Verdict.AMBIGUOUS

@@ -17,7 +17,7 @@ from mdm.plugins.errors import InputError
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.nodes import submodel
 from mdm.tools.check.nodes.bisect import bisect
-from mdm.tools.check.nodes.replay import CASE, MODEL, README, WEIGHTS, compare, replay
+from mdm.tools.check.nodes.replay import CASE, MODEL, README, WEIGHTS, compare, limits_in, replay
 from mdm.tools.check.report import Divergence
 
 from ..drawn import Drawn, draw
@@ -106,3 +106,16 @@ def test_where_the_truth_is_not_finite_nothing_is_asked() -> None:
     off = compare(np.array([1.0, 7.0, 0.0, np.nan]), truth)
     assert off.bad == 1
     assert off.at == (3,)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "no json", "[]", "{}", '{"limits": {}, "looped": false}', '{"limits": {"y": 3}, "looped": false}',
+        '{"limits": {"y": {"rms": 1e999, "worst": 1, "source": ""}}, "looped": false}',
+        '{"limits": {"y": {"rms": 0, "worst": 1, "source": ""}}, "looped": false}',
+    ],
+)  # fmt: skip
+def test_limits_of_a_stranger_are_refused(told: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="are not those that mdm check writes"):
+        limits_in(told, tmp_path)
