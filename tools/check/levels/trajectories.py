@@ -54,9 +54,8 @@ def check_run(
     free_floor, forced_floor = errors(run, ours.free), steadied(errors(run, ours.forced))
     dtype = walked.free[0]["base"].dtype.name
     single = [multiples.limits_or(limit, floor, dtype) for limit, floor in zip(single, forced_floor, strict=True)]
-    yield far_or_near(
-        judged(run, "free-running", shadowed(run, walked, run.deployed), forced_floor, single), free, table
-    )
+    shadows = shadowed(run, walked, run.deployed)
+    yield far_or_near(judged(run, "free-running", shadows, forced_floor, both_sides(single)), free, table)
     yield judged(run, "teacher-forced", forced, forced_floor, single)
     yield Drift(
         run.task, run.seed, mean(free), mean(forced), mean(free_floor), mean(forced_floor),
@@ -83,7 +82,12 @@ def all_right(run: Run, walked: Walk, deployed: Deployed, precision: str, multip
     table, dtype = table_limits(precision), walked.free[0]["base"].dtype.name
     limits = [multiples.limits_or(table, floor, dtype) for floor in floors]
     off = shadowed(run, walked, deployed)
-    return all(limit.used(error) <= 1 for limit, error in zip(limits, off, strict=True))
+    return all(limit.used(error) <= 1 for limit, error in zip(both_sides(limits), off, strict=True))
+
+
+def both_sides(limits: Sequence[Limits]) -> list[Limits]:
+    """Of a difference in which either side rounds, and may take its limit: it is compared with no exact value."""
+    return [Limits(2 * one.rms, 2 * one.worst, f"twice {one.source}") for one in limits]
 
 
 def far_or_near(finding: Finding, free: Sequence[Difference], table: Limits) -> Finding:
