@@ -40,7 +40,7 @@ SEED, COUNT = click.IntRange(0, 2**63 - 1), click.IntRange(1)
 @click.option("--autoencoder", type=FILE, help="The image autoencoder it was exported with, if any.")
 @click.option("--level", "levels", multiple=True, type=click.Choice(LEVELS), help="Only this level; may be repeated.")
 @click.option("--task", "tasks", multiple=True, help="Only this task; may be repeated.")
-@click.option("--seed", default=0, show_default=True, type=SEED, help="The first seed of the inputs.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="The first seed; golden files have their own.")
 @click.option("--seeds", default=1, show_default=True, type=COUNT, help="How many seeds, counted on from the first.")
 @click.option("--steps", type=COUNT, help="Steps of a run at most. Default: the task's own; 4 for large models.")
 @click.option(
@@ -126,7 +126,7 @@ def with_command(finding: Finding, path: Path, options: dict[str, Any]) -> Findi
 
 def make_check(path: Path, options: dict[str, Any]) -> Check:
     from mdm.tools.check.run import Check, chosen_tasks
-    from mdm.tools.check.standards.standard import GoldenStandard
+    from mdm.tools.check.standards.golden import GoldenStandard
 
     model = opened(path, options["backend"], options)
     bundle, seeds = model.bundle, range(options["seed"], options["seed"] + options["seeds"])
@@ -141,6 +141,8 @@ def make_check(path: Path, options: dict[str, Any]) -> Check:
         from mdm.runtime.words import nearest
         from mdm.tools.check.standards.other import EngineStandard
 
+        if against == options["backend"]:
+            raise InputError(f"--against {against} compares the bundle with itself\nname another backend, or a bundle")
         is_bundle = os.path.isdir(against)  # unlike Path.is_dir, it takes a name that is too long
         if not is_bundle and against not in PROVIDERS:
             known = ["reference", "golden", *PROVIDERS]
@@ -161,7 +163,9 @@ def make_check(path: Path, options: dict[str, Any]) -> Check:
     from mdm.export.golden import LARGE
     from mdm.plugins.machine import cores
     from mdm.tools.check.levels.blocks import Placer
-    from mdm.tools.check.standards.blueprint import check_facts, make_blueprint
+    from mdm.tools.check.levels.facts import check_facts
+    from mdm.tools.check.limits import Multiples
+    from mdm.tools.check.standards.blueprint import make_blueprint
     from mdm.tools.check.standards.live import ReferenceStandard
 
     blueprint = make_blueprint(bundle, checkpoint, options["autoencoder"])
@@ -171,8 +175,9 @@ def make_check(path: Path, options: dict[str, Any]) -> Check:
     torch.set_num_threads(many if blueprint.plan.parameters > LARGE else 1)
     standard = ReferenceStandard(model, blueprint, seeds, options["steps"])
     folder = options["folder"]
-    place = Placer(standard, None if folder is None else folder / "divergence")
-    return Check(model, standard, tasks, seeds, place=place, facts=lambda: check_facts(bundle, blueprint))
+    multiples = Multiples()
+    place = Placer(standard, multiples, None if folder is None else folder / "divergence")
+    return Check(model, standard, tasks, seeds, multiples, place, facts=lambda: check_facts(bundle, blueprint))
 
 
 def opened(path: Path, backend: str, options: dict[str, Any]) -> Model:

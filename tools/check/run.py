@@ -21,7 +21,8 @@ from mdm.tools.check.levels.steps import check_graph
 from mdm.tools.check.levels.trajectories import check_run
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.report import BlockErrors, Divergence, Drift, PicturePair, Report, TextPair
-from mdm.tools.check.standards.standard import Run, Spread, Standard
+from mdm.tools.check.standards.recorded import Spread
+from mdm.tools.check.standards.standard import Run, Standard
 from mdm.tools.check.standards.walk import OnBackend
 
 Item = Finding | Drift | BlockErrors | Divergence | PicturePair | TextPair

@@ -22,8 +22,8 @@ from mdm.runtime.model import Model
 from mdm.runtime.ort import OrtBackend
 from mdm.tools.check.finding import Array
 from mdm.tools.check.standards.blueprint import make_blueprint
+from mdm.tools.check.standards.golden import GoldenStandard
 from mdm.tools.check.standards.live import ReferenceStandard
-from mdm.tools.check.standards.standard import GoldenStandard
 
 SOLVERS_FOR = {
     "joint": {"solver": "dpmpp_2m_sde", "steps": 4}, "caption": {"solver": "mdm-paper", "steps": 4},

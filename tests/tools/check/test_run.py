@@ -18,7 +18,8 @@ from mdm.tools.check import run as module
 from mdm.tools.check.finding import LEVELS, Array, Finding, Verdict
 from mdm.tools.check.report import PicturePair, Report, TextPair
 from mdm.tools.check.run import Check, Item, add, chosen_tasks, new_report
-from mdm.tools.check.standards.standard import Case, GoldenStandard, Run
+from mdm.tools.check.standards.golden import GoldenStandard
+from mdm.tools.check.standards.standard import Case, Run
 
 from .deployed import Exported, spoil_manifest
 

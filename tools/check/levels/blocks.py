@@ -1,9 +1,7 @@
 """Level "blocks": a graph part by part against the model, and where they first part ways.
 
-Two comparisons. The blueprint with the PyTorch model, both in float64, block by block: nothing but a mistake of the
+Two comparisons. The blueprint's outputs with the PyTorch model's, both in float64: nothing but a mistake of the
 exporter can tell them apart. Then the bundle's graph on its backend with the blueprint, tensor by tensor (`bisect.py`).
-
-Letters: B batch, L length of the whole sequence, E width.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from mdm.export.truth import Arrays, points_of
 from mdm.plugins.errors import MdmError
 from mdm.runtime.ort import OrtBackend, engine_errors
 from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference
+from mdm.tools.check.limits import Multiples
 from mdm.tools.check.nodes.bisect import bisect
 from mdm.tools.check.nodes.submodel import Run
 from mdm.tools.check.nodes.wiring import operator_of
@@ -36,6 +35,7 @@ class Placer:
     """`folder`: for the sub-models of what diverges."""
 
     standard: ReferenceStandard
+    multiples: Multiples
     folder: Path | None
 
     def __call__(self, graph: str) -> Iterator[Finding | BlockErrors | Divergence]:
@@ -56,7 +56,7 @@ class Placer:
             except MdmError as error:
                 yield Finding(LEVEL, graph, "nodes", case, Verdict.FAIL, " ".join(str(error).split()))
                 return
-            yield found(graph, case, errors, divergence)
+            yield in_one_line(graph, case, errors, divergence)
             if divergence or seed == self.standard.seeds[0]:
                 yield errors
             if divergence:
@@ -67,7 +67,7 @@ class Placer:
         blueprint = self.standard.blueprint
         return bisect(
             graph, onnx.load_from_string(self.standard.model.bundle.graph_bytes(graph)), blueprint.model(graph),
-            lambda name: blueprint.value(graph, name), inputs, self.on_engine(graph), self.standard.multiples,
+            lambda name: blueprint.value(graph, name), inputs, self.on_engine(graph), self.multiples,
             None if self.folder is None else self.folder / graph,
         )  # fmt: skip
 
@@ -82,11 +82,7 @@ class Placer:
                 continue  # decisions: of their numbers is spoken
             error = difference(found, expected)
             off = not SAME.used(error) <= 1
-            said = (
-                f"the exporter draws '{name}' otherwise than the model computes it: off by {error.rms:.2g}"
-                if off
-                else ""
-            )
+            said = f"the exporter draws '{name}' otherwise than the model: off by {error.rms:.2g}" if off else ""
             yield Finding(
                 LEVEL, graph, f"blueprint, {name}", case, Verdict.FAIL if off else Verdict.PASS, said, found.shape,
                 error, None, SAME,
@@ -106,7 +102,7 @@ class Placer:
         return run
 
 
-def found(graph: str, case: str, errors: BlockErrors, divergence: Divergence | None) -> Finding:
+def in_one_line(graph: str, case: str, errors: BlockErrors, divergence: Divergence | None) -> Finding:
     """The bisection in one line, with the part whose own error is the largest multiple of its floor."""
     times = max((own / floor for own, floor in zip(errors.own, errors.own_floor, strict=True) if floor), default=0.0)
     if divergence is None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 
 from mdm.plugins.errors import MdmError
-from mdm.runtime.backend import Backend
-from mdm.runtime.model import Model, makes
+from mdm.runtime.model import Model
 from mdm.runtime.pictures import to_pixels
 from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference, worst_of
 from mdm.tools.check.levels.pictures import picture_faults, psnr, ssim
 from mdm.tools.check.levels.steps import held
-from mdm.tools.check.levels.texts import compare_ids, text_faults
+from mdm.tools.check.levels.texts import compare_ids, text_faults, tie_of_logits
 from mdm.tools.check.levels.trajectories import all_right
 from mdm.tools.check.limits import TIES, Multiples, table_limits
 from mdm.tools.check.report import PicturePair, TextPair
-from mdm.tools.check.standards.standard import Decoded, Run, makes_pixels, tie_of_logits
+from mdm.tools.check.standards.decoder import Decoder, by_engine
+from mdm.tools.check.standards.standard import Decoded, Run
 from mdm.tools.check.standards.walk import OnBackend, walk
 
 LEVEL = "decoded"
@@ -40,49 +39,16 @@ def check_decoded(
         ours_z = run.deployed.end(run)
         if run.decoded.ids is not None or run.decoded.picture is not None:
             ours = run.deployed.decode(run, ours_z)
-    near = near_decision(run, engine, z, precision, multiples)
-    yield excused(at_end(run, "latents", z, run.states[-1]["base"], ours_z, precision), near)
+    latents = at_end(run, "latents", z, run.states[-1]["base"], ours_z, precision)
+    near = latents.verdict is Verdict.FAIL and near_decision(run, engine, z, precision, multiples)
+    yield excused(latents, near)
     if found.picture is not None and run.decoded.picture is None:
         yield without_truth(model, run, found.picture)
     elif found.picture is not None and run.decoded.picture is not None:
         known = None if ours is None else ours.picture
         yield from check_pictures(model, run, found.picture, run.decoded.picture, known, precision, near)
     if found.ids is not None and run.decoded.ids is not None:
-        yield from check_texts(model, run, found.ids, ours, TIES[precision], multiples)
-
-
-Half = Callable[[str, list[str], Array], list[Array]]  # graph, outputs wanted, latents -> those outputs
-
-
-def by_engine(backend: Backend) -> Half:
-    return lambda graph, wanted, z: backend.graph(graph).run(wanted, z=z)
-
-
-class Decoder:
-    """Latents of a run to text and picture, by the halves of the bundle's autoencoder, whoever computes them."""
-
-    def __init__(self, model: Model, half: Half) -> None:
-        self.model, self.half = model, half
-
-    def __call__(self, task: str, graph: str, z: Array) -> Decoded:
-        model, described, told = self.model, self.model.bundle.graph(graph), self.model.task(task)
-        size = described["image_size"]
-        if model.text is None:
-            half = model.half("decode", size)
-            if half in model.manifest["graphs"]:
-                return Decoded(picture=self.half(half, ["picture"], z)[0])
-            return Decoded(picture=z if makes_pixels(model, graph) else None)
-        M = (size // model.picture["patch"]) ** 2 if size else 0
-        said = Decoded()
-        if makes(told["text"]):
-            T = z.shape[1] - described["pictures"] * M
-            ids, logits = self.half("decode_text", ["ids", "logits"], np.ascontiguousarray(z[:, :T]))
-            best = np.sort(logits, axis=-1)
-            said = replace(said, ids=ids, margin=best[..., -1] - best[..., -2], logits=logits)
-        if makes(told["image"]):
-            (picture,) = self.half(model.half("decode", size), ["picture"], np.ascontiguousarray(z[:, -M:]))
-            said = replace(said, picture=picture)
-        return said
+        yield from check_texts(model, run, found.ids, ours, TIES[precision], multiples, near)
 
 
 def without_truth(model: Model, run: Run, found: Array) -> Finding:
@@ -96,23 +62,22 @@ def without_truth(model: Model, run: Run, found: Array) -> Finding:
     return Finding(LEVEL, run.task, "picture", run.label, verdict, "; ".join(faults) or said, found.shape)
 
 
-def near_decision(run: Run, engine: OnBackend, z: Array, precision: str, multiples: Multiples) -> Callable[[], bool]:
-    """Whether a run that ends far away was right at every evaluation; and, where it selects nothing, ended where the
-    single evaluations do. Asked only of a run that did."""
+def near_decision(run: Run, engine: OnBackend, z: Array, precision: str, multiples: Multiples) -> bool:
+    """Whether a run that ends far away, at `z`, was right at every evaluation, and ended where these lead.
 
-    @cache
-    def holds() -> bool:
-        if run.deployed is None:
-            return False
-        walked = walk(run, engine.advance)
-        same = "mask" in run.states[0] or np.allclose(z, walked.free[-1]["base"], rtol=1e-6, atol=1e-6)
-        return bool(same) and all_right(run, walked, run.deployed, precision, multiples)
-
-    return holds
+    Where a model selects tokens, the run by itself may rightly have chosen others, so the ends are not compared.
+    """
+    if run.deployed is None or not np.isfinite(z).all():
+        return False
+    walked = walk(run, engine.advance)
+    if "mask" not in run.states[0] and not np.allclose(z, walked.free[-1]["base"], rtol=1e-6, atol=1e-6):
+        return False
+    return all_right(run, walked, run.deployed, precision, multiples)
 
 
-def excused(finding: Finding, near: Callable[[], bool]) -> Finding:
-    if finding.verdict is not Verdict.FAIL or finding.error is None or finding.error.bad or not near():
+def excused(finding: Finding, near: bool) -> Finding:
+    """What fails because its run was near a decision is AMBIGUOUS; what is not finite, or of another shape, is not."""
+    if finding.verdict is not Verdict.FAIL or finding.error is None or finding.error.bad or not near:
         return finding
     said = f"{finding.said}; every evaluation is right from where it stood: a near decision"
     return replace(finding, verdict=Verdict.AMBIGUOUS, said=said)
@@ -129,7 +94,7 @@ def at_end(run: Run, part: str, found: Array, truth: Array, deployed: Array | No
 
 
 def check_pictures(
-    model: Model, run: Run, found: Array, truth: Array, deployed: Array | None, precision: str, near: Callable[[], bool]
+    model: Model, run: Run, found: Array, truth: Array, deployed: Array | None, precision: str, near: bool
 ) -> Iterator[Finding | PicturePair]:
     finding = excused(at_end(run, "picture", found, truth, deployed, precision), near)
     if found.shape != truth.shape:
@@ -151,11 +116,15 @@ def check_pictures(
 
 
 def check_texts(
-    model: Model, run: Run, found: Array, ours: Decoded | None, tie: float, multiples: Multiples
+    model: Model, run: Run, found: Array, ours: Decoded | None, tie: float, multiples: Multiples, near: bool
 ) -> Iterator[Finding | TextPair]:
-    truth, margin, T = run.decoded.ids, run.decoded.margin, found.shape[1]
+    truth, margin, T = run.decoded.ids, run.decoded.margin, found.shape[-1]
     assert truth is not None
     assert margin is not None
+    if found.shape != truth.shape:
+        said = f"its shape is {list(found.shape)}, expected {list(truth.shape)}"
+        yield Finding(LEVEL, run.task, "text", run.label, Verdict.FAIL, said, found.shape)
+        return
     if ours is not None and ours.logits is not None and run.decoded.logits is not None:
         tie = tie_of_logits(ours.logits, run.decoded.logits, multiples.worst, tie)
     judged, pad = [], model.text["pad"]
@@ -163,6 +132,8 @@ def check_texts(
         new = ~run.inputs["given"][b, :T]
         agreement, verdict, said = compare_ids(found[b][new], truth[b][new], margin[b][new], tie)
         faults = text_faults(found[b][new], truth[b][new], pad)
+        if near and verdict is Verdict.FAIL:
+            verdict = Verdict.AMBIGUOUS
         judged.append((agreement, Verdict.FAIL if faults else verdict, "; ".join([*faults, *([said] if said else [])])))
         if model.text["tokenizer"]:
             true, made = (model.tokenizer.decode(ids[b][new]) for ids in (truth, found))

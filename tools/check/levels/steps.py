@@ -15,9 +15,10 @@ import numpy as np
 from mdm.plugins.errors import MdmError
 from mdm.runtime.model import Model
 from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference, worst_of
-from mdm.tools.check.levels.texts import compare_ids, compare_masks
+from mdm.tools.check.levels.texts import compare_ids, compare_masks, tie_of, tie_of_logits, unrest_of
 from mdm.tools.check.limits import TIES, Multiples, amounts, table_limits
-from mdm.tools.check.standards.standard import Case, Spread, Standard, State, tie_of, tie_of_logits, unrest_of
+from mdm.tools.check.standards.recorded import Spread
+from mdm.tools.check.standards.standard import Case, Standard, State
 
 LEVEL = "steps"
 

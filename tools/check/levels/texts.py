@@ -6,6 +6,8 @@ a near tie is AMBIGUOUS, every other difference FAILs. Letters: T pieces of a te
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -90,3 +92,24 @@ def _same_length(*arrays: Array) -> None:
     shapes = [array.shape for array in arrays]
     if len(set(shapes)) != 1 or len(shapes[0]) != 1:
         raise ValueError(f"shapes {', '.join(map(str, shapes))}, expected one length for all")
+
+
+def unrest_of(columns: Mapping[str, Array], x0: Array, before: Array, given: Array) -> Array:
+    """By what a selecting model ranks tokens: (alpha / sigma)^2 times the mean square that the estimate moved.
+
+    [B,L]; -1 for what is given, which is always selected.
+    """
+    moved = np.square(x0.astype(np.float64) - before).mean(-1)
+    return np.where(given, -1.0, (columns["alpha"] / columns["sigma"]).squeeze(-1) ** 2 * moved)
+
+
+def tie_of(deployed: Array, unrest: Array, multiple: float) -> float:
+    """How near, relative, two tokens' unrest must be for arithmetic to swap them: by what it changes most tokens'."""
+    counted = unrest > 0
+    return multiple * float(np.median(np.abs(deployed - unrest)[counted] / unrest[counted])) if counted.any() else 0.0
+
+
+def tie_of_logits(deployed: Array, logits: Array, multiple: float, table: float) -> float:
+    """How near two logits must be for arithmetic to swap them; from the table where arithmetic overflows."""
+    moved = multiple * float(np.abs(deployed - logits).max())
+    return moved if np.isfinite(moved) else table

@@ -18,10 +18,11 @@ import numpy as np
 
 from mdm.plugins.errors import MdmError
 from mdm.tools.check.finding import Array, Difference, Finding, Limits, Verdict, difference, worst_of
-from mdm.tools.check.levels.texts import compare_masks
+from mdm.tools.check.levels.texts import compare_masks, tie_of, unrest_of
 from mdm.tools.check.limits import TIES, Multiples, amounts, table_limits
 from mdm.tools.check.report import Drift
-from mdm.tools.check.standards.standard import Deployed, Run, Spread, State, Walk, tie_of, unrest_of
+from mdm.tools.check.standards.recorded import Spread
+from mdm.tools.check.standards.standard import Deployed, Run, State, Walk
 from mdm.tools.check.standards.walk import OnBackend, walk
 
 LEVEL = "trajectories"
@@ -51,16 +52,22 @@ def check_run(
         yield judged(run, "teacher-forced", forced, None, single)
         yield Drift(run.task, run.seed, mean(free), mean(forced), limit=[limit.rms for limit in single])
         return
-    free_floor, forced_floor = errors(run, ours.free), steadied(errors(run, ours.forced))
-    dtype = walked.free[0]["base"].dtype.name
-    single = [multiples.limits_or(limit, floor, dtype) for limit, floor in zip(single, forced_floor, strict=True)]
-    shadows = shadowed(run, walked, run.deployed)
-    yield far_or_near(judged(run, "free-running", shadows, forced_floor, both_sides(single)), free, table)
-    yield judged(run, "teacher-forced", forced, forced_floor, single)
+    floor, single = limits_of(run, walked, run.deployed, precision, multiples)
+    shadows = judged(run, "free-running", shadowed(run, walked, run.deployed), floor, both_sides(single))
+    yield far_or_near(shadows, free, table)
+    yield judged(run, "teacher-forced", forced, floor, single)
     yield Drift(
-        run.task, run.seed, mean(free), mean(forced), mean(free_floor), mean(forced_floor),
+        run.task, run.seed, mean(free), mean(forced), mean(errors(run, ours.free)), mean(floor),
         [limit.rms for limit in single],
     )  # fmt: skip
+
+
+def limits_of(
+    run: Run, walked: Walk, deployed: Deployed, precision: str, multiples: Multiples
+) -> tuple[list[Difference], list[Limits]]:
+    """The floor of each evaluation, and its limit."""
+    floors, dtype = steadied(errors(run, deployed.walk(run).forced)), walked.free[0]["base"].dtype.name
+    return floors, [multiples.limits_or(table_limits(precision), floor, dtype) for floor in floors]
 
 
 def shadowed(run: Run, walked: Walk, deployed: Deployed) -> list[Difference]:
@@ -78,9 +85,7 @@ def shadowed(run: Run, walked: Walk, deployed: Deployed) -> list[Difference]:
 
 def all_right(run: Run, walked: Walk, deployed: Deployed, precision: str, multiples: Multiples) -> bool:
     """Whether every evaluation of a free run is within its limit from where the backend stood."""
-    floors = steadied(errors(run, deployed.walk(run).forced))
-    table, dtype = table_limits(precision), walked.free[0]["base"].dtype.name
-    limits = [multiples.limits_or(table, floor, dtype) for floor in floors]
+    _, limits = limits_of(run, walked, deployed, precision, multiples)
     off = shadowed(run, walked, deployed)
     return all(limit.used(error) <= 1 for limit, error in zip(both_sides(limits), off, strict=True))
 

@@ -35,10 +35,12 @@ CONFIG: dict[str, Any] = {
     "schedule_image": {"kind": "cosine", "shift": 0.5}, "schedule_text": {"kind": "cosine", "shift": 2.0},
     "sampler": {"solver": "ddim", "steps": 3, "guidance": 1.5, "t_start": 0.99},
 }  # fmt: skip
+MOST = 2000  # MB
 GRAPH, NODE = "denoise_image", "backbone.blocks.40.mixers.0.norm.Add"  # the epsilon under a root
 
 
-def soak(folder: Path) -> None:
+def soak(folder: Path) -> bool:
+    """Whether the right node is named in less than `MOST` beyond the weights."""
     checkpoint = folder / "random.safetensors"
     write_checkpoint(checkpoint)
     out = folder / "random.bundle"
@@ -63,12 +65,14 @@ def soak(folder: Path) -> None:
     seconds, whole = time.monotonic() - started, peak()
     named = divergence.node if divergence else "nothing"
     print(f"{len(errors.parts)} parts, {blueprint.plan.parameters / 1e6:.0f} M parameters, {seconds:.0f} s")
-    print(f"peak {whole:.0f} MB, of which a session's weights {weights:.0f} MB: {whole - weights:.0f} MB beyond them")
+    print(f"peak {whole:.0f} MB, of which a session's weights {weights:.0f} MB: {whole - weights:.0f} MB beyond them,")
+    print(f"Python and torch among them; aim: at most {MOST} MB")
     rounding = ROUNDING["float32"]
     own = zip(errors.parts, errors.own, errors.own_floor, strict=True)
     others = [error / max(floor, rounding) for part, error, floor in own if not NODE.startswith(f"{part}.")]
     print(f"the sound parts' own errors are up to {max(others):.2g} times their floor")
     print(f"named {named}, spoilt was {NODE}: {divergence.said if divergence else ''}")
+    return named == NODE and whole - weights <= MOST
 
 
 def write_checkpoint(path: Path) -> None:
@@ -112,4 +116,4 @@ def peak() -> float:
 
 
 if __name__ == "__main__":
-    soak(Path(sys.argv[1]))
+    sys.exit(0 if soak(Path(sys.argv[1])) else 1)

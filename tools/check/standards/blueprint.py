@@ -6,8 +6,7 @@ the same in float64 is measured here, and only then is the drawing a standard fo
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,18 +17,13 @@ from onnx import ModelProto
 from torch import Tensor
 
 from mdm.export.bundle import external_of, make_plan
-from mdm.export.golden import UPSAMPLE_SAMPLER
 from mdm.export.graphs import Built, GraphSpec, Plan
-from mdm.export.manifest import facts_of, graph_entry
 from mdm.export.precision import make_precision
 from mdm.export.truth import Truth
 from mdm.export.weights import Stored, Weights
 from mdm.plugins.errors import InputError
 from mdm.reference import load_config
 from mdm.runtime.bundle import Bundle, sha256_of
-from mdm.runtime.json_schema import told
-from mdm.runtime.solver import sampler_of
-from mdm.tools.check.finding import Finding, Verdict
 from mdm.tools.check.nodes.evaluator import Evaluation
 
 MOST_HELD = 1_000_000_000  # bytes of weights in float32 that are kept in memory rather than read at every use
@@ -86,32 +80,3 @@ def make_blueprint(bundle: Bundle, checkpoint: Path, autoencoder: Path | None) -
     weights = Weights(plan.checkpoint, plan.precision.activations)
     built = {one.spec.name: one for one in plan.build(weights)}
     return Blueprint(plan, weights, built, Truth(plan.checkpoint, plan.config, external, torch.float64))
-
-
-def check_facts(bundle: Bundle, blueprint: Blueprint) -> Iterator[Finding]:
-    """What the manifest says of model, sampler, pictures and graphs, against what the exporter says of them."""
-    manifest, plan = bundle.manifest, blueprint.plan
-    source = manifest["provenance"]["checkpoint"]["sha256"]
-    tokenizer = manifest["text"]["tokenizer"] if manifest["text"] else None
-    expected = facts_of(plan, source, tokenizer)
-    expected |= {f"graph {name}": graph_entry(one) for name, one in blueprint.built.items()}
-    found = manifest | {f"graph {name}": graph for name, graph in manifest["graphs"].items()}
-    unknown = ["provenance"]  # which tools made it
-    if manifest["picture"] and manifest["picture"]["latent_scale"] is not None and plan.external is None:
-        unknown.append("picture")  # it has an autoencoder that was not named
-    for name, one in blueprint.built.items():
-        if one.spec.upsample and one.spec.guided:
-            key, table = f"sampler of {name}", f"sampler/{name.removeprefix('step_')}.json"
-            expected[key] = sampler_of({"sampler": dict(plan.config.sampler) | UPSAMPLE_SAMPLER})
-            found[key] = json.loads(bundle.content(table)).get("sampler")
-    wrong = [key for key, fact in expected.items() if key not in unknown and found.get(key) != plain(fact)]
-    for key in wrong:
-        said = f"is {told(found.get(key))}, the exporter writes {told(plain(expected[key]))}"
-        yield Finding("files", "manifest.json", key, "", Verdict.FAIL, said)
-    if not wrong:
-        yield Finding("files", "manifest.json", "as the exporter writes it", "", Verdict.PASS)
-
-
-def plain(fact: Any) -> Any:
-    """As it comes back out of JSON."""
-    return json.loads(json.dumps(fact))

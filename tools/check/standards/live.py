@@ -15,11 +15,12 @@ from mdm.plugins.errors import EnvironmentLackError
 from mdm.plugins.machine import free_memory
 from mdm.runtime.model import Model
 from mdm.tools.check.finding import Array
-from mdm.tools.check.levels.decoded import Decoder
-from mdm.tools.check.limits import Multiples
 from mdm.tools.check.nodes.evaluator import Evaluation
 from mdm.tools.check.standards.blueprint import Blueprint
-from mdm.tools.check.standards.standard import Case, Decoded, GoldenStandard, Run, State, Walk, run_of
+from mdm.tools.check.standards.decoder import Decoder
+from mdm.tools.check.standards.golden import GoldenStandard
+from mdm.tools.check.standards.recorded import run_of
+from mdm.tools.check.standards.standard import Case, Decoded, Run, State, Walk
 from mdm.tools.check.standards.walk import walk
 
 ROOM = 12  # bytes of memory a parameter takes: in float64, beside the engine's copy of it
@@ -34,7 +35,6 @@ class ReferenceStandard:
     blueprint: Blueprint
     seeds: Sequence[int]
     steps: int | None = None
-    multiples: Multiples = field(default_factory=Multiples)
     name: str = field(default="reference", init=False)
 
     def __post_init__(self) -> None:

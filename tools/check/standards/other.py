@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 
 from mdm.plugins.errors import InputError
 from mdm.runtime.model import Model
-from mdm.tools.check.levels.decoded import Decoder, by_engine
 from mdm.tools.check.limits import TABLE
-from mdm.tools.check.standards.standard import Case, GoldenStandard, Run
+from mdm.tools.check.standards.decoder import Decoder, by_engine
+from mdm.tools.check.standards.golden import GoldenStandard
+from mdm.tools.check.standards.standard import Case, Run
 from mdm.tools.check.standards.walk import OnBackend
 
 # of two manifests that compare

@@ -16,6 +16,7 @@ from mdm.plugins.errors import EngineError
 from mdm.runtime.ort import OrtBackend
 from mdm.tools.check.finding import Finding, Verdict
 from mdm.tools.check.levels.blocks import Placer
+from mdm.tools.check.limits import Multiples
 from mdm.tools.check.report import BlockErrors, Divergence
 from mdm.tools.check.standards.live import ReferenceStandard
 
@@ -33,7 +34,7 @@ def of_kind(items: list[Any], kind: type) -> list[Any]:
     [("keep", "step_joint_guided"), ("mdm", "encode_text"), ("mdm", "decode_text"), ("half", "denoise_text")],
 )
 def test_sound_graphs(exported: Find, name: str, graph: str) -> None:
-    items = list(Placer(exported(name).reference, None)(graph))
+    items = list(Placer(exported(name).reference, Multiples(), None)(graph))
     found = of_kind(items, Finding)
     assert {one.verdict for one in found} == {Verdict.PASS}
     assert {one.case for one in found} == {"seed 0, batch 1, text 8"}
@@ -45,7 +46,7 @@ def test_sound_graphs(exported: Find, name: str, graph: str) -> None:
 
 
 def test_a_graph_that_the_exporter_does_not_draw_is_skipped(exported: Find) -> None:
-    (finding,) = Placer(exported("mdm").reference, None)("step_of_tomorrow")
+    (finding,) = Placer(exported("mdm").reference, Multiples(), None)("step_of_tomorrow")
     assert isinstance(finding, Finding)
     assert finding.verdict is Verdict.SKIPPED
 
@@ -60,11 +61,11 @@ def test_an_exporter_that_draws_otherwise_is_found(exported: Find) -> None:
     spoiled = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and t.raw_data)
     spoiled.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(spoiled) * 1.01, spoiled.name))
     wrong = replace(right, built={**right.built, "denoise_text": replace(drawn, model=model)})
-    items = list(Placer(ReferenceStandard(exported("mdm").model, wrong, (0,)), None)("denoise_text"))
+    items = list(Placer(ReferenceStandard(exported("mdm").model, wrong, (0,)), Multiples(), None)("denoise_text"))
     first = items[0]
     assert isinstance(first, Finding)
     assert (first.part, first.verdict) == ("blueprint, eps", Verdict.FAIL)
-    assert first.said.startswith("the exporter draws 'eps' otherwise than the model computes it: off by ")
+    assert first.said.startswith("the exporter draws 'eps' otherwise than the model: off by ")
 
 
 def test_other_weights_on_the_backend_are_placed(exported: Find, tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_other_weights_on_the_backend_are_placed(exported: Find, tmp_path: Path)
     held = {stored[name]: standard.blueprint.value(graph, name) * 1.01}
     wrong = replace(standard.blueprint, held={**standard.blueprint.held, **held})
     assert isinstance(wrong.truth, Truth)
-    items = list(Placer(ReferenceStandard(exported("mdm").model, wrong, (0,)), tmp_path)(graph))
+    items = list(Placer(ReferenceStandard(exported("mdm").model, wrong, (0,)), Multiples(), tmp_path)(graph))
     (divergence,) = of_kind(items, Divergence)
     assert "blocks.1" in divergence.node
     nodes = next(one for one in of_kind(items, Finding) if one.part == "nodes")
@@ -90,6 +91,6 @@ def test_a_graph_that_cannot_be_loaded_is_a_finding(exported: Find, monkeypatch:
         raise EngineError("no memory\nat all")
 
     monkeypatch.setattr(OrtBackend, "session", fail)
-    items = list(Placer(exported("mdm").reference, None)("decode_text"))
+    items = list(Placer(exported("mdm").reference, Multiples(), None)("decode_text"))
     said = " ".join(one.said for one in of_kind(items, Finding) if one.verdict is Verdict.FAIL)
     assert "no memory at all" in said

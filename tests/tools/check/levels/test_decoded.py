@@ -14,9 +14,7 @@ from mdm.runtime.ort import OrtGraph
 from mdm.tools.check import limits
 from mdm.tools.check.finding import Array, Finding, Verdict
 from mdm.tools.check.levels.decoded import (
-    Decoder,
     at_end,
-    by_engine,
     check_decoded,
     check_pictures,
     check_texts,
@@ -27,6 +25,7 @@ from mdm.tools.check.levels.decoded import (
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.report import PicturePair, TextPair
 from mdm.tools.check.standards.blueprint import make_blueprint
+from mdm.tools.check.standards.decoder import Decoder, by_engine
 from mdm.tools.check.standards.live import ReferenceStandard
 from mdm.tools.check.standards.standard import Decoded, Run
 from mdm.tools.check.standards.walk import OnBackend
@@ -114,7 +113,7 @@ def test_broken_pictures_trip(exported: Find, fault: str) -> None:
     run, true = pictures(exported)
     made = true.copy()
     made[1] = BROKEN[fault](true[1])
-    finding, *pairs = check_pictures(exported("mdm").model, run, made, true, None, "fp32", lambda: False)
+    finding, *pairs = check_pictures(exported("mdm").model, run, made, true, None, "fp32", False)
     assert isinstance(finding, Finding)
     assert finding.verdict is Verdict.FAIL
     assert finding.said.startswith("off by ")
@@ -127,7 +126,7 @@ def test_a_black_picture_fails_whatever_the_limits_say(exported: Find, monkeypat
     """A limit as wide as the picture itself lets it pass; its looks do not."""
     run, true = pictures(exported)
     monkeypatch.setitem(limits.RUN_TABLE, "fp32", 1e6)
-    finding, *_ = check_pictures(exported("mdm").model, run, np.full_like(true, -1), true, None, "fp32", lambda: False)
+    finding, *_ = check_pictures(exported("mdm").model, run, np.full_like(true, -1), true, None, "fp32", False)
     assert isinstance(finding, Finding)
     assert finding.used is not None
     assert finding.used < 1
@@ -139,7 +138,7 @@ def test_pictures_that_are_not_finite_fail_without_a_warning(exported: Find, val
     run, true = pictures(exported)
     made = true.copy()
     made[0, 1] = value
-    finding, *pairs = check_pictures(exported("mdm").model, run, made, true, true, "fp32", lambda: False)
+    finding, *pairs = check_pictures(exported("mdm").model, run, made, true, true, "fp32", False)
     assert isinstance(finding, Finding)
     assert finding.verdict is Verdict.FAIL
     assert finding.said.startswith("1024 of 6144 values are not finite, the first at [0, 1, 0, 0]")
@@ -161,7 +160,9 @@ TRUE = np.array([[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 8, 9, 10, 11, 12]])
 def test_texts(exported: Find, margin: float, verdict: Verdict) -> None:
     made = TRUE.copy()
     made[1, 3] = 20
-    items = list(check_texts(exported("mdm").model, text_run(exported, TRUE, margin), made, None, 0.01, Multiples()))
+    items = list(
+        check_texts(exported("mdm").model, text_run(exported, TRUE, margin), made, None, 0.01, Multiples(), False)
+    )
     finding = items[-1]
     assert isinstance(finding, Finding)
     assert finding.verdict is verdict
@@ -176,7 +177,7 @@ def test_texts(exported: Find, margin: float, verdict: Verdict) -> None:
 def test_a_text_that_collapsed_fails_even_as_a_near_tie(exported: Find) -> None:
     model = exported("mdm").model
     for made, words in ((np.full_like(TRUE, 7), "it repeats one piece"), (np.zeros_like(TRUE), "it is empty")):
-        *_, finding = check_texts(model, text_run(exported, TRUE, 1e-9), made, None, 0.01, Multiples())
+        *_, finding = check_texts(model, text_run(exported, TRUE, 1e-9), made, None, 0.01, Multiples(), False)
         assert isinstance(finding, Finding)
         assert finding.verdict is Verdict.FAIL
         assert finding.said.startswith(words)
@@ -189,7 +190,7 @@ def test_only_new_pieces_are_judged(exported: Find) -> None:
     made = TRUE.copy()
     made[:, :4] = 1
     *_, finding = check_texts(
-        exported("mdm").model, replace(run, inputs=run.inputs | {"given": given}), made, None, 0.01, Multiples()
+        exported("mdm").model, replace(run, inputs=run.inputs | {"given": given}), made, None, 0.01, Multiples(), False
     )
     assert isinstance(finding, Finding)
     assert finding.verdict is Verdict.PASS
@@ -224,6 +225,28 @@ def test_a_run_near_a_decision_is_ambiguous_if_every_evaluation_is_right(exporte
     z = engine.end(run)
     far = at_end(run, "latents", z + 1, run.states[-1]["base"], None, "fp32")
     assert far.verdict is Verdict.FAIL
-    moved = near_decision(run, engine, z + 1, "fp32", Multiples())
-    assert excused(far, moved).verdict is Verdict.FAIL
+    assert excused(far, near_decision(run, engine, z + 1, "fp32", Multiples())).verdict is Verdict.FAIL
     assert excused(far, near_decision(run, engine, z, "fp32", Multiples())).verdict is Verdict.AMBIGUOUS
+
+
+@pytest.mark.parametrize(
+    ("task", "half", "output"), [("text_to_image", "decode_image", "picture"), ("complete", "decode_text", "ids")]
+)
+def test_a_broken_decoder_is_not_excused(
+    exported: Find, monkeypatch: pytest.MonkeyPatch, task: str, half: str, output: str
+) -> None:
+    """Its run is right at every evaluation, and ends where it should."""
+    [run] = exported("mdm").against_model((0,)).runs(task)
+    sound = OrtGraph.run
+
+    def broken(graph: OrtGraph, wanted: Any, **inputs: Array) -> list[Array]:
+        said = dict(zip(wanted, sound(graph, wanted, **inputs), strict=True))
+        if graph.name == half:
+            said[output] = np.roll(said[output], 1, axis=-1)
+        return list(said.values())
+
+    monkeypatch.setattr(OrtGraph, "run", broken)
+    found = check_decoded(exported("mdm").model, run, OnBackend(exported("mdm").model.backend), "fp32", Multiples())
+    verdicts = {one.part: one.verdict for one in found if isinstance(one, Finding)}
+    assert verdicts.pop("latents") is Verdict.PASS
+    assert set(verdicts.values()) == {Verdict.FAIL}

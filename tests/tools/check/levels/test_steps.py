@@ -12,8 +12,10 @@ from mdm.plugins.errors import EngineError
 from mdm.runtime.ort import OrtGraph
 from mdm.tools.check.finding import Array, Finding, Verdict
 from mdm.tools.check.levels.steps import check_graph, compare, held
+from mdm.tools.check.levels.texts import unrest_of
 from mdm.tools.check.limits import Multiples, table_limits
-from mdm.tools.check.standards.standard import Case, Run, Spread, unrest_of
+from mdm.tools.check.standards.recorded import Spread
+from mdm.tools.check.standards.standard import Case, Run
 
 from ..deployed import Exported
 

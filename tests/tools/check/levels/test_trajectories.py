@@ -14,10 +14,12 @@ from mdm.runtime import solver_rules
 from mdm.runtime.model import Model
 from mdm.tools.check.finding import Array, Difference, Finding, Verdict
 from mdm.tools.check.levels import trajectories
+from mdm.tools.check.levels.texts import unrest_of
 from mdm.tools.check.levels.trajectories import check_run, steadied
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.report import Drift
-from mdm.tools.check.standards.standard import Decoded, Deployed, Run, Spread, State, Walk, unrest_of
+from mdm.tools.check.standards.recorded import Spread
+from mdm.tools.check.standards.standard import Decoded, Deployed, Run, State, Walk
 from mdm.tools.check.standards.walk import OnBackend
 
 from ..deployed import Exported

@@ -18,7 +18,7 @@ from mdm.tools.check.levels.steps import check_graph
 from mdm.tools.check.levels.trajectories import check_run
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.standards.other import EngineStandard
-from mdm.tools.check.standards.standard import Spread
+from mdm.tools.check.standards.recorded import Spread
 from mdm.tools.check.standards.walk import OnBackend
 
 from ..deployed import Exported, spoil_manifest

@@ -20,8 +20,10 @@ from mdm.runtime.model import Model
 from mdm.runtime.ort import OrtBackend
 from mdm.runtime.solver import SOLVERS, sampler_of
 from mdm.tools.check.finding import Array, Verdict, difference
+from mdm.tools.check.levels.texts import tie_of, tie_of_logits, unrest_of
 from mdm.tools.check.levels.trajectories import check_table
-from mdm.tools.check.standards.standard import GoldenStandard, Spread, run_of, tie_of, tie_of_logits, unrest_of
+from mdm.tools.check.standards.golden import GoldenStandard
+from mdm.tools.check.standards.recorded import Spread, run_of
 
 from ..deployed import Exported, sign, spoil_golden, spoil_manifest
 
