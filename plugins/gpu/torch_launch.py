@@ -65,7 +65,7 @@ def run_launch(launch: Launch, buffers: Mapping[str, Tensor]) -> None:
         _mend_interpreter()
     arguments = [
         # Whatever stands for an absent input is not read.
-        buffers.get(name, buffers["y"]) if type_.startswith("*") else launch.integers[name]
+        buffers.get(name, buffers["y"]) if type_.startswith("*") else launch.numbers[name]
         for name, type_, _ in kernel.arguments
     ]
     function = getattr(import_module(kernel.module), variant.kernel)

@@ -3,8 +3,8 @@
     plan = choose(SSD_SCAN, "bfloat16", sizes, has=7, multiprocessors=132, capability=(9, 0))
     for launch in plan.launches: ...     # each with its variant, grid, and the value of every integer argument
 
-A pointer argument is called like the operator's input, `y`, or one of the plan's scratch buffers. The pointer of an
-absent input or buffer may be any aligned one.
+A pointer argument is called like the operator's input, `y`, or one of the plan's scratch buffers; the plan names those
+that must be given. The pointer of an absent input or buffer may be any aligned one.
 
 How a scan is laid over a GPU:
 * One launch (`*_scan`) with a program for each sample, head and block of W of its width (Mamba-1: W channels). Narrow
@@ -19,6 +19,7 @@ Letters as in the contract; W width of a block, Q tokens of a chunk.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -44,16 +45,30 @@ class Variant:
 @dataclass(frozen=True)
 class Launch:
     variant: Variant
-    grid: tuple[int, int, int]
-    integers: Mapping[str, int]  # by argument
+    numbers: Mapping[str, int]  # the integer arguments, and what else the grid counts
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        known = {**self.variant.constants, **self.numbers}
+        return tuple(size_of(rule, known) for rule in KERNELS[self.variant.kernel].grid)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Launches in order, none where y has no elements, and the float32 buffers they need for themselves."""
+    """Launches in order, none where y has no elements."""
 
     launches: tuple[Launch, ...]
-    scratch: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pointers: tuple[str, ...]  # what must be given: the inputs that are there, y, and the scratch buffers
+    scratch: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of float32 buffers for the launches
+
+
+def size_of(rule: str, known: Mapping[str, int]) -> int:
+    """One size of a grid. "R/W*G" is read from left to right, and a quotient is rounded up."""
+    size = 1
+    for sign, name in re.findall(r"([*/]?)(\w+)", rule):
+        number = int(name) if name.isdigit() else known[name]
+        size = -(-size // number) if sign == "/" else size * number
+    return size
 
 
 def _arguments(activations: str, floats: str, integers: Mapping[str, int]) -> dict[str, Argument]:
@@ -70,26 +85,36 @@ _CARRY = _arguments("", _FLOATS, {"segments": 1, "size": 16, "per_step": 1, "per
 
 @dataclass(frozen=True)
 class Kernel:
-    """Where a kernel is, and its arguments in order."""
+    """Where a kernel is, its arguments in order, and the rules of its grid's three sizes (see `size_of`)."""
 
     module: str
     arguments: tuple[Argument, ...]
+    grid: tuple[str, str, str]
 
 
-def _kernel(module: str, arguments: dict[str, Argument], names: str) -> Kernel:
-    return Kernel(f"mdm.plugins.gpu.{module}", tuple(arguments[name] for name in names.split()))
+def _kernel(module: str, arguments: dict[str, Argument], names: str, *grid: str) -> Kernel:
+    x, y, z = grid
+    return Kernel(f"mdm.plugins.gpu.{module}", tuple(arguments[name] for name in names.split()), (x, y, z))
 
 
 KERNELS = {
-    "ssd_scan": _kernel("ssd", _SSD, "x dt A Bm C D z dt_bias mask states y L H P G segment has"),
-    "ssd_segment_states": _kernel("ssd", _SSD, "x dt A Bm dt_bias mask states step_sums L H P G segment has"),
+    "ssd_scan": _kernel(
+        "ssd", _SSD, "x dt A Bm C D z dt_bias mask states y L H P G segment has", "H*P/W", "segments", "B"
+    ),
+    "ssd_segment_states": _kernel(
+        "ssd", _SSD, "x dt A Bm dt_bias mask states step_sums L H P G segment has", "H*P/W*N/K", "segments", "B"
+    ),
     "selective_scan": _kernel(
-        "selective", _SELECTIVE, "u delta A Bm C D z delta_bias mask states y L R G segment has"
+        "selective", _SELECTIVE, "u delta A Bm C D z delta_bias mask states y L R G segment has",
+        "R/W*G", "segments", "B",
     ),
     "selective_segment_states": _kernel(
-        "selective", _SELECTIVE, "u delta A Bm delta_bias mask states step_sums L R G segment has"
+        "selective", _SELECTIVE, "u delta A Bm delta_bias mask states step_sums L R G segment has",
+        "R/W*G", "segments", "B",
     ),
-    "carry_states": _kernel("common", _CARRY, "states step_sums A segments size per_step per_A"),
+    "carry_states": _kernel(
+        "common", _CARRY, "states step_sums A segments size per_step per_A", "size/BLOCK", "B", "1"
+    ),
 }  # fmt: skip
 
 HAS_START = 16  # in `has`, behind the contract's bits
@@ -125,10 +150,17 @@ def ssd_widths(dtype: str, N: int) -> tuple[int, ...]:
 
 
 def ssd_chunk(dtype: str, capability: tuple[int, int]) -> int:
-    """64 rows are what the matrix instructions of 9.0 to 11.0 take at once. The others hold operands in registers."""
+    """64 rows are what the matrix instructions of 9.0 to 11.0 take at once. The others hold operands in registers, and
+    so does the PTX for 8.0 that serves what we have no cubin for (10.3)."""
     if dtype == "float32":
         return 16
-    return 64 if 9 <= capability[0] <= 11 else 32
+    return 64 if capability in ((9, 0), (10, 0), (11, 0)) else 32
+
+
+def serves(variant: Variant, capability: tuple[int, int]) -> bool:
+    """Whether `choose` may choose this variant there."""
+    is_scan = variant.kernel == "ssd_scan"
+    return not is_scan or variant.constants["Q"] == ssd_chunk(variant.dtype, capability)
 
 
 def variants() -> Iterator[Variant]:
@@ -172,25 +204,24 @@ def _choose_ssd(
     _require(SSD_SCAN, "N", N, N in SSD_STATES, f"one of {', '.join(map(str, SSD_STATES))}")
     _require(SSD_SCAN, "P", P, P % 32 == 0, "a multiple of 32")
     if not B * L * H * P:
-        return Plan(())
+        return Plan((), ())
     _require_room(SSD_SCAN, B, L, H * P, G * N)
     narrow, wide = (ws := [W for W in ssd_widths(dtype, N) if P % W == 0])[0], ws[-1]
     segments, segment = _segments(B * H * P // narrow, L, multiprocessors)
     W = wide if segments * B * H * P // wide >= 2 * multiprocessors else narrow
     scan = ssd_variant(dtype, N, W, ssd_chunk(dtype, capability))
-    integers = {"L": L, "H": H, "P": P, "G": G, "segment": segment, "has": has}
-    grid = H * P // W, segments, B
+    numbers = {"B": B, "L": L, "H": H, "P": P, "G": G, "segments": segments, "segment": segment, "has": has}
     if segments == 1:
-        return Plan((Launch(scan, grid, integers),))
-    states = ssd_states_variant(dtype, N)
-    blocks = H * P // states.constants["W"] * N // states.constants["K"]
+        return Plan((Launch(scan, numbers),), _pointers(SSD_SCAN, has))
+    scratch = {"states": (B, segments, H, N, P), "step_sums": (B, segments, H)}
     return Plan(
         (
-            Launch(states, (blocks, segments, B), integers),
+            Launch(ssd_states_variant(dtype, N), numbers),
             _carry(B, segments, H * N * P, N * P, N * P),
-            Launch(scan, grid, integers | {"has": has | HAS_START}),
+            Launch(scan, numbers | {"has": has | HAS_START}),
         ),
-        {"states": (B, segments, H, N, P), "step_sums": (B, segments, H)},
+        _pointers(SSD_SCAN, has, *scratch),
+        scratch,
     )
 
 
@@ -202,23 +233,27 @@ def _choose_selective(
     _require(SELECTIVE_SCAN, "N", N, N in SELECTIVE_STATES, f"one of {', '.join(map(str, SELECTIVE_STATES))}")
     _require(SELECTIVE_SCAN, "D / G", R, R % 16 == 0, "a multiple of 16")
     if not B * L * D:
-        return Plan(())
+        return Plan((), ())
     _require_room(SELECTIVE_SCAN, B, L, D, G * N)
     scan = selective_variant("selective_scan", dtype, N)
-    blocks = G * -(-R // scan.constants["W"])
-    segments, segment = _segments(B * blocks, L, multiprocessors)
-    integers = {"L": L, "R": R, "G": G, "segment": segment, "has": has}
-    grid = blocks, segments, B
+    segments, segment = _segments(B * G * -(-R // scan.constants["W"]), L, multiprocessors)
+    numbers = {"B": B, "L": L, "R": R, "G": G, "segments": segments, "segment": segment, "has": has}
     if segments == 1:
-        return Plan((Launch(scan, grid, integers),))
+        return Plan((Launch(scan, numbers),), _pointers(SELECTIVE_SCAN, has))
+    scratch = {"states": (B, segments, D, N), "step_sums": (B, segments, D)}
     return Plan(
         (
-            Launch(selective_variant("selective_segment_states", dtype, N), grid, integers),
+            Launch(selective_variant("selective_segment_states", dtype, N), numbers),
             _carry(B, segments, D * N, N, 1),
-            Launch(scan, grid, integers | {"has": has | HAS_START}),
+            Launch(scan, numbers | {"has": has | HAS_START}),
         ),
-        {"states": (B, segments, D, N), "step_sums": (B, segments, D)},
+        _pointers(SELECTIVE_SCAN, has, *scratch),
+        scratch,
     )
+
+
+def _pointers(operator: Operator, has: int, *scratch: str) -> tuple[str, ...]:
+    return (*(spec.name for spec in operator.present(has)), "y", *scratch)
 
 
 def _segments(programs: int, L: int, multiprocessors: int) -> tuple[int, int]:
@@ -231,8 +266,8 @@ def _segments(programs: int, L: int, multiprocessors: int) -> tuple[int, int]:
 
 
 def _carry(B: int, segments: int, size: int, per_step: int, per_A: int) -> Launch:
-    integers = {"segments": segments, "size": size, "per_step": per_step, "per_A": per_A}
-    return Launch(CARRY, (-(-size // CARRY_BLOCK), B, 1), integers)
+    numbers = {"B": B, "segments": segments, "size": size, "per_step": per_step, "per_A": per_A}
+    return Launch(CARRY, numbers)
 
 
 def _require(operator: Operator, letter: str, size: int, fits: bool, expected: str) -> None:
