@@ -14,6 +14,7 @@ using Numbers = std::map<std::string, std::int64_t>;
 constexpr std::int64_t kUnit = 64, kShortest = 4 * kUnit;
 constexpr std::uint32_t kHasStart = 16;
 constexpr std::size_t kAlign = 256;
+constexpr int kMostMultiprocessors = 192;
 
 std::int64_t quotient(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -165,7 +166,7 @@ void choose_selective(const Pack& pack, const Problem& in, const Gpu& gpu, Plan&
 
 }  // namespace
 
-Plan choose(const Pack& pack, const Problem& problem, const Gpu& gpu) {
+Plan choose(const Pack& pack, const Problem& problem, Gpu gpu) {
   const bool ssd = problem.scan == Operator::kSsdScan;
   if (problem.has > 15) {
     throw Error(std::string(name_of(problem)) + ": attribute 'has' is " + std::to_string(problem.has) +
@@ -175,6 +176,7 @@ Plan choose(const Pack& pack, const Problem& problem, const Gpu& gpu) {
     throw Error(std::string(name_of(problem)) + ": no GPU kernel for activations of type '" + problem.dtype +
                 "'\nexpected one of: float32, float16, bfloat16");
   }
+  gpu.multiprocessors = std::min(gpu.multiprocessors, kMostMultiprocessors);
   Plan plan;
   (ssd ? choose_ssd : choose_selective)(pack, problem, gpu, plan);
   if (plan.launches.empty()) return plan;

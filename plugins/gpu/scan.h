@@ -44,7 +44,7 @@ struct Plan {
 using Pointers = std::vector<std::pair<const char*, const void*>>;
 
 // `pack` must outlive the plan.
-Plan choose(const Pack& pack, const Problem& problem, const Gpu& gpu);
+Plan choose(const Pack& pack, const Problem& problem, Gpu gpu);
 
 class Scans {
  public:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 
 from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SSD_SCAN, Operator
@@ -60,6 +61,16 @@ class Plan:
     launches: tuple[Launch, ...]
     pointers: tuple[str, ...]  # what must be given: the inputs that are there, y, and the scratch buffers
     scratch: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of float32 buffers for the launches
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Where each scratch buffer lies in one workspace, in bytes; under "" the workspace's size."""
+        return dict(zip([*self.scratch, ""], accumulate(map(_room, self.scratch.values()), initial=0), strict=True))
+
+
+def _room(shape: tuple[int, ...]) -> int:
+    """Bytes of a scratch buffer, so that the next one is aligned too."""
+    return -(-4 * prod(shape) // ALIGN) * ALIGN
 
 
 def size_of(rule: str, known: Mapping[str, int]) -> int:
@@ -117,6 +128,7 @@ KERNELS = {
     ),
 }  # fmt: skip
 
+ALIGN = 256  # bytes: what TensorRT and CUDA give, and more than a kernel asks for
 HAS_START = 16  # in `has`, behind the contract's bits
 SSD_STATES = (16, 32, 64, 128)
 SELECTIVE_STATES = (16,)
@@ -124,6 +136,8 @@ UNIT = 64  # tokens: segments are whole numbers of them
 # Segments shorter than this cost more in launches and start states than they gain.
 SHORTEST = 4 * UNIT
 CARRY_BLOCK = 256
+# More than any GPU has. What a workspace may take is known from it before the GPU and the sizes are.
+MOST_MULTIPROCESSORS = 192
 
 
 def ssd_variant(dtype: str, N: int, W: int, Q: int) -> Variant:
@@ -194,7 +208,19 @@ def choose(
             f"{operator.name}: no GPU kernel for activations of type {dtype!r}\n"
             f"expected one of: {', '.join(ACTIVATIONS)}"
         )
+    multiprocessors = min(multiprocessors, MOST_MULTIPROCESSORS)
     return (_choose_ssd if operator is SSD_SCAN else _choose_selective)(dtype, sizes, has, multiprocessors, capability)
+
+
+def workspace_limit(operator: Operator, dtype: str, N: int) -> int:
+    """Bytes that no plan's workspace exceeds, whatever the other sizes and the GPU: a sequence is cut into no more
+    programs than two for each multiprocessor, and each has the states and steps of one narrow block."""
+    programs = 2 * MOST_MULTIPROCESSORS
+    if operator is SSD_SCAN:
+        width = ssd_widths(dtype, N)[0]
+        return _room((programs, width, N)) + _room((programs,))
+    width = selective_variant("selective_scan", dtype, N).constants["W"]
+    return _room((programs, width, N)) + _room((programs, width))
 
 
 def _choose_ssd(

@@ -21,6 +21,7 @@ from mdm.plugins.gpu.variants import (
     serves,
     size_of,
     variants,
+    workspace_limit,
 )
 
 SSD = {"B": 2, "L": 1064, "H": 64, "P": 64, "G": 1, "N": 128}
@@ -57,6 +58,7 @@ def test_what_is_chosen_is_there() -> None:
                 assert serves(launch.variant, (major, 0))
                 arguments = KERNELS[launch.variant.kernel].arguments
                 assert all(launch.numbers[name] % divisor == 0 for name, type_, divisor in arguments if type_ == "i32")
+            assert plan.places[""] <= workspace_limit(operator, dtype, sizes["N"])
             scan = plan.launches[-1]
             assert scan.grid[1] * scan.numbers["segment"] >= L > (scan.grid[1] - 1) * scan.numbers["segment"]
             assert scan.grid[0] * scan.variant.constants["W"] >= heads * P
@@ -94,6 +96,15 @@ def test_launches_of_a_cut_sequence() -> None:
     assert scan.numbers["segment"] == 512
     plan = plan_for(SELECTIVE_SCAN, SELECTIVE | {"B": 1, "D": 1024})
     assert plan.scratch == {"states": (1, 8, 1024, 16), "step_sums": (1, 8, 1024)}
+
+
+def test_workspaces_are_bounded_closely() -> None:
+    """On the largest GPU there may be, long sequences of few heads come near the bound."""
+    gpu = {"multiprocessors": 1000}
+    for operator, sizes in ((SSD_SCAN, SSD | {"B": 1, "H": 8, "L": 65536}), (SELECTIVE_SCAN, SELECTIVE | {"L": 65536})):
+        for heads in range(1, 9):
+            plan = plan_for(operator, sizes | {"H": heads, "D": 96 * heads}, **gpu)
+            assert plan.places[""] <= workspace_limit(operator, "bfloat16", sizes["N"]) <= 1.2 * plan.places[""]
 
 
 @pytest.mark.parametrize("empty", ["B", "L", "H"])
