@@ -20,6 +20,10 @@ from torch import Tensor
 from mdm.plugins.contract import Operator
 from mdm.plugins.gpu.variants import KERNELS, Launch, Plan, choose
 
+# What the kernels are held to, of max |error| / max |value|. Half types: y is rounded once, and the operands of the
+# products before.
+LIMITS = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}
+
 
 def run(
     operator: Operator,

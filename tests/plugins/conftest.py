@@ -145,3 +145,10 @@ def hold() -> Callable[..., None]:
             figure(f"{operator.torch_name}, {name}, {dtype}: worst of {len(CASES)} cases", error, LIMITS[dtype])
 
     return check
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPU kernels: segments of 16 tokens and more, so that short sequences have several."""
+    monkeypatch.setattr("mdm.plugins.gpu.variants.UNIT", 16)
+    monkeypatch.setattr("mdm.plugins.gpu.variants.SHORTEST", 16)

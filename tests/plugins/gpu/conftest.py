@@ -22,10 +22,9 @@ from torch import Tensor
 
 from mdm.plugins.contract import Operator
 from mdm.plugins.gpu import torch_launch
+from mdm.plugins.gpu.torch_launch import LIMITS
 from mdm.tools.bench.scan_inputs import scan_inputs
 
-# Of max |error| / max |value|. Half types: y is rounded once, and the operands of the products before.
-LIMITS = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}
 DEVICE = "cuda" if "MDM_TEST_GPU" in os.environ else "cpu"
 # With "slow" the state outlives segments.
 DECAYS = ("slow", "typical", "strong", "none", "zero step")
@@ -79,10 +78,3 @@ def hold_kernels(error_of: Any, figure: Any) -> Callable[..., None]:
             figure(f"{operator.torch_name}, GPU kernel, {name}, {dtype}", error, LIMITS[dtype])
 
     return hold
-
-
-@pytest.fixture
-def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of 16 tokens and more, so that short sequences have several."""
-    monkeypatch.setattr("mdm.plugins.gpu.variants.UNIT", 16)
-    monkeypatch.setattr("mdm.plugins.gpu.variants.SHORTEST", 16)

@@ -98,6 +98,7 @@ def everything() -> None:
     device = Device(driver)
     driver.version()
     with device.current():
+        driver.number("cuCtxGetDevice")
         module = driver.handle("cuModuleLoadData", b"an image")
         kernel = driver.handle("cuModuleGetFunction", module, b"a kernel")
         driver.call("cuFuncSetAttribute", kernel, 8, 0)
