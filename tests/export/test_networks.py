@@ -197,9 +197,9 @@ def columns_for_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_d_skip(patch: pytest.MonkeyPatch) -> None:
-    plain = mixers.scan
+    plain = mixers.own_node
     patch.setattr(
-        mixers, "scan", lambda g, op, required, optional, **kw: plain(g, op, required, optional | {"D": None}, **kw)
+        mixers, "own_node", lambda g, op, required, optional, **kw: plain(g, op, required, optional | {"D": None}, **kw)
     )
 
 

@@ -20,7 +20,7 @@ from onnx import ModelProto
 
 from mdm.plugins import library, register
 from mdm.plugins.contract import SSD_SCAN, Operator
-from mdm.tools.bench.scan_inputs import DECAYS, Arrays, scan_inputs
+from mdm.tools.bench.operator_inputs import DECAYS, Arrays, operator_inputs
 
 # tools/sanitize brings its own build of the library.
 if "MDM_TEST_SCAN_LIBRARY" in os.environ:
@@ -132,7 +132,7 @@ def hold() -> Callable[..., None]:
     def check(name: str, operator: Operator, open_form: Callable[[Case, Arrays], Any], figure: Any) -> None:
         worst = dict.fromkeys(LIMITS, 0.0)
         for case in CASES:
-            inputs = scan_inputs(operator, sizes_of(case), case["has"], case["dtype"], case["decay"])
+            inputs = operator_inputs(operator, sizes_of(case), case["has"], case["dtype"], case["decay"])
             form = open_form(case, inputs)
             if form is None:
                 continue

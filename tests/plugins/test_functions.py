@@ -11,17 +11,17 @@ from onnx import helper
 
 from mdm.plugins.contract import DOMAIN, OPERATORS, SELECTIVE_SCAN, SSD_SCAN, Operator
 from mdm.plugins.errors import InputError
-from mdm.plugins.functions import attach_functions, function_body, scan_model
+from mdm.plugins.functions import attach_functions, function_body, operator_model
 from mdm.plugins.linear_attention import use_linear_attention
+from mdm.tools.bench.operator_inputs import Arrays, operator_inputs
 from mdm.tools.bench.ops import fixed
-from mdm.tools.bench.scan_inputs import Arrays, scan_inputs
 
 both = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 SIZES = {"B": 2, "L": 70, "D": 48, "H": 6, "P": 20, "N": 24, "G": 2}
 
 
 def with_numbers(operator: Operator, has: int, inputs: Arrays, dtype: str = "float32") -> onnx.ModelProto:
-    return fixed(scan_model(operator, has, dtype), {name: list(value.shape) for name, value in inputs.items()})
+    return fixed(operator_model(operator, has, dtype), {name: list(value.shape) for name, value in inputs.items()})
 
 
 @both
@@ -29,7 +29,7 @@ def test_function_bodies_against_the_recurrence(operator: Operator, session: Any
     def open_form(case: dict[str, Any], _inputs: Arrays) -> Any:
         if case["L"] > 1064 and operator is SELECTIVE_SCAN:
             return None  # 4160 steps of an ONNX Scan take seconds, and show nothing that 1064 do not
-        return session(scan_model(operator, case["has"], case["dtype"]))
+        return session(operator_model(operator, case["has"], case["dtype"]))
 
     hold("function body", operator, open_form, figure)
 
@@ -44,7 +44,7 @@ def test_linear_attention_against_the_recurrence(session: Any, hold: Any, figure
 
 def test_one_file_three_ways(session: Any, figure: Any, off: Any) -> None:
     """The library registered, not registered, and rewritten: the same file, the same result."""
-    inputs = scan_inputs(SSD_SCAN, SIZES, 15)
+    inputs = operator_inputs(SSD_SCAN, SIZES, 15)
     model = with_numbers(SSD_SCAN, 15, inputs)
     native = session(model, native=True).run(None, inputs)[0]
     body = session(model).run(None, inputs)[0]
@@ -57,8 +57,8 @@ def test_one_file_three_ways(session: Any, figure: Any, off: Any) -> None:
 
 def test_the_registered_library_is_what_runs(session: Any) -> None:
     """A body that computes something else shows who was called."""
-    inputs = scan_inputs(SSD_SCAN, SIZES, 0)
-    model = scan_model(SSD_SCAN, 0)
+    inputs = operator_inputs(SSD_SCAN, SIZES, 0)
+    model = operator_model(SSD_SCAN, 0)
     body = helper.make_function(
         DOMAIN, SSD_SCAN.name, ["x", "dt", "A", "Bm", "C"], ["y"],
         [helper.make_node("Neg", ["x"], ["y"])], [helper.make_opsetid("", 20)],
@@ -73,7 +73,7 @@ def test_the_registered_library_is_what_runs(session: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_bodies_are_valid_onnx_and_shaped(operator: Operator, dtype: str) -> None:
     for has in range(16):
-        model = scan_model(operator, has, dtype)
+        model = operator_model(operator, has, dtype)
         onnx.checker.check_model(model, full_check=True)
         (body,) = model.functions
         assert list(body.input) == [spec.name for spec in operator.present(has)]
@@ -86,10 +86,10 @@ def test_bodies_are_valid_onnx_and_shaped(operator: Operator, dtype: str) -> Non
 
 
 def test_two_patterns_of_one_operator_do_not_fit_into_a_file() -> None:
-    model = scan_model(SSD_SCAN, 1)
+    model = operator_model(SSD_SCAN, 1)
     del model.functions[:]
     other = onnx.NodeProto()
-    other.CopyFrom(scan_model(SSD_SCAN, 0).graph.node[0])
+    other.CopyFrom(operator_model(SSD_SCAN, 0).graph.node[0])
     other.name = "other"
     model.graph.node.append(other)
     with pytest.raises(ValueError, match="node 'other' is a MambaSsdScan with"):
@@ -97,15 +97,15 @@ def test_two_patterns_of_one_operator_do_not_fit_into_a_file() -> None:
 
 
 def test_chunk_size_is_a_matter_of_rounding(session: Any, exact: Any, off: Any) -> None:
-    inputs = scan_inputs(SSD_SCAN, SIZES, 5)
+    inputs = operator_inputs(SSD_SCAN, SIZES, 5)
     expected = exact(SSD_SCAN, inputs)
     for chunk in (1, 16, 70, 256):
-        assert off(session(scan_model(SSD_SCAN, 5, chunk_size=chunk)).run(None, inputs)[0], expected) <= 3e-6
+        assert off(session(operator_model(SSD_SCAN, 5, chunk_size=chunk)).run(None, inputs)[0], expected) <= 3e-6
 
 
 def test_linear_attention_wants_numbers() -> None:
-    with pytest.raises(InputError, match="node 'scan': H of its input 'A' is not a number"):
-        use_linear_attention(scan_model(SSD_SCAN, 0))
+    with pytest.raises(InputError, match="node 'node': H of its input 'A' is not a number"):
+        use_linear_attention(operator_model(SSD_SCAN, 0))
 
 
 def test_an_unknown_type_is_refused() -> None:
@@ -115,11 +115,13 @@ def test_an_unknown_type_is_refused() -> None:
 
 def test_small_steps_keep_their_digits(session: Any, exact: Any, off: Any, figure: Any) -> None:
     """Steps of 0.001 and less, as trained models have: log(1 + e) as written would lose four digits."""
-    inputs = scan_inputs(SELECTIVE_SCAN, SIZES, 0)
+    inputs = operator_inputs(SELECTIVE_SCAN, SIZES, 0)
     inputs["delta"] = inputs["delta"] - 8
     expected = exact(SELECTIVE_SCAN, inputs)
     figure(
-        "steps of 4e-5: function body", off(session(scan_model(SELECTIVE_SCAN, 0)).run(None, inputs)[0], expected), 3e-6
+        "steps of 4e-5: function body",
+        off(session(operator_model(SELECTIVE_SCAN, 0)).run(None, inputs)[0], expected),
+        3e-6,
     )
-    native = session(scan_model(SELECTIVE_SCAN, 0), native=True).run(None, inputs)[0]
+    native = session(operator_model(SELECTIVE_SCAN, 0), native=True).run(None, inputs)[0]
     figure("steps of 4e-5: native", off(native, expected), 3e-6)

@@ -140,21 +140,21 @@ def forms(point: Point) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each form as a call, made when its turn comes and dropped after it."""
     import torch
 
-    from mdm.plugins.functions import scan_model
+    from mdm.plugins.functions import operator_model
     from mdm.plugins.linear_attention import use_linear_attention
     from mdm.reference import scan
-    from mdm.tools.bench.scan_inputs import scan_inputs
+    from mdm.tools.bench.operator_inputs import operator_inputs
 
     operator = point.operator
-    inputs = scan_inputs(operator, point.sizes, HAS)
+    inputs = operator_inputs(operator, point.sizes, HAS)
     shapes = {spec.name: list(inputs[spec.name].shape) for spec in operator.present(HAS)}
-    model = scan_model(operator, HAS)
+    model = operator_model(operator, HAS)
     yield "native", session_call(model, inputs, point.threads, native=True)
     yield "body", session_call(model, inputs, point.threads)
     if operator is SSD_SCAN:
         yield "linear", session_call(use_linear_attention(fixed(model, shapes)), inputs, point.threads)
         if point.batch == 1 and point.width == 1024:
-            yield "scan", session_call(scan_model(operator, HAS, chunk_size=1), inputs, point.threads)
+            yield "scan", session_call(operator_model(operator, HAS, chunk_size=1), inputs, point.threads)
     torch.set_num_threads(point.threads)
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     function = scan.ssd_scan if operator is SSD_SCAN else scan.selective_scan

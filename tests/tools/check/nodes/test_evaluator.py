@@ -18,7 +18,7 @@ from torch import Tensor
 from mdm.plugins.contract import OPERATORS as SCANS
 from mdm.plugins.contract import SELECTIVE_SCAN, SSD_SCAN
 from mdm.plugins.errors import InputError
-from mdm.plugins.functions import scan_model
+from mdm.plugins.functions import operator_model
 from mdm.reference import load_config
 from mdm.reference.checkpoint import build_model
 from mdm.tools.check.finding import Array, difference
@@ -160,7 +160,7 @@ def test_every_operator_has_a_case() -> None:
 @pytest.mark.parametrize("operator", [SSD_SCAN, SELECTIVE_SCAN], ids=lambda o: o.name)
 def test_a_scan_has_the_inputs_that_has_says(operator: Any, has: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = {"chunk_size": 16} if operator is SSD_SCAN else {}
-    model = scan_model(operator, has, plugin_namespace="mdm", plugin_version="1", **chunk)
+    model = operator_model(operator, has, plugin_namespace="mdm", plugin_version="1", **chunk)
     sizes = {"B": 2, "L": 37, "D": 6, "H": 3, "P": 2, "N": 4, "G": 1}
     draw_ = np.random.default_rng(has)
     values = []
