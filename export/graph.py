@@ -22,7 +22,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from mdm.export.precision import Precision
 from mdm.export.weights import Stored, Weights
 from mdm.plugins.contract import DOMAIN, VERSION
-from mdm.plugins.functions import TYPES, attach_functions, scan_nodes
+from mdm.plugins.functions import TYPES, attach_functions, operator_nodes
 
 ONNX_TYPES = TYPES | {"int64": TensorProto.INT64, "bool": TensorProto.BOOL}
 IR_VERSION = 10  # read by ONNX Runtime 1.18 and later
@@ -226,7 +226,7 @@ class Graph:
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, initializers)
         opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(DOMAIN, VERSION)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="mdm-deploy")
-        if scan_nodes(model):
+        if operator_nodes(model):
             attach_functions(model, self.precision.activations)
         else:
             del model.opset_import[1]

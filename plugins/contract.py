@@ -1,14 +1,17 @@
-"""The contract of the two scan operators, in one place: names, inputs, attributes, types, shapes, version.
+"""The contract of our operators, in one place: names, inputs, attributes, types, shapes, version.
+
+The selective scan (Mamba-1), the SSD scan (Mamba-2), and the short convolution in front of either.
 
 Every form of an operator reads this file: the torch custom ops, the ONNX function bodies, the TensorRT plugins, and the
 native library, for which the build prints it as a C++ header (`python contract.py`). Only the standard library is used.
 
-    u or x, the step, A, Bm, C, then the optional inputs that are there, in the order D, z, bias, mask.
+    a scan:           u or x, the step, A, Bm, C, then the optional inputs that are there, in the order D, z, bias, mask
+    the convolution:  x, weight, then the bias if it is there
 
-The int attribute `has` says which optional inputs are there (bits 1, 2, 4, 8). No node carries an empty-string input:
+The int attribute `has` says which optional inputs are there, a bit for each. No node carries an empty-string input:
 TensorRT's parser rejects it, and ONNX Runtime rejects a function body that mentions an absent input.
 
-Letters: B batch, L length, D channels, H heads, P head width, N state, G groups of Bm and C (G divides D or H).
+Letters: B batch, L length, D channels, H heads, P head width, N state, G groups of Bm and C (G divides D or H), K taps.
 """
 
 from __future__ import annotations
@@ -40,9 +43,9 @@ class Operator:
 
     name: str
     inputs: tuple[Input, ...]
-    grouped: str  # the letter whose size G divides
     attributes: Mapping[str, int]  # integers with their defaults; the plugin's name and version are strings beside them
     torch_name: str  # of the torch custom op, and of the reference function
+    grouped: str = ""  # the letter whose size G divides, of an operator that has G
 
     @property
     def required(self) -> tuple[Input, ...]:
@@ -52,12 +55,16 @@ class Operator:
     def optional(self) -> tuple[Input, ...]:
         return tuple(i for i in self.inputs if i.bit)
 
+    @property
+    def has_all(self) -> int:
+        """`has` of a node with every input."""
+        return sum(i.bit for i in self.inputs)
+
     def present(self, has: int) -> tuple[Input, ...]:
         """The inputs of a node with this `has`, in order."""
-        if not 0 <= has <= sum(i.bit for i in self.inputs):
-            raise ValueError(
-                f"{self.name}: attribute 'has' is {has}, expected a sum of 1 (D), 2 (z), 4 (bias), 8 (mask)"
-            )
+        if not 0 <= has <= self.has_all:
+            bits = ", ".join(f"{i.bit} ({i.name})" for i in self.optional)
+            raise ValueError(f"{self.name}: attribute 'has' is {has}, expected a sum of {bits}")
         return tuple(i for i in self.inputs if not i.bit or has & i.bit)
 
     def has_of(self, names: Iterable[str]) -> int:
@@ -83,6 +90,8 @@ class Operator:
                 known, first = sizes.setdefault(letter, (size, spec.name))
                 if known != size:
                     raise ValueError(f"{self.name}: input '{spec.name}' has {letter} = {size}, '{first}' has {known}")
+        if sizes.get("K", (1, ""))[0] < 1:
+            raise ValueError(f"{self.name}: input '{sizes['K'][1]}' has K = 0, expected at least one tap")
         whole, groups = sizes.get(self.grouped), sizes.get("G")
         if whole and groups and (groups[0] == 0 or whole[0] % groups[0]):
             raise ValueError(
@@ -110,9 +119,9 @@ SELECTIVE_SCAN = Operator(
         Input("C", "BLGN", activation=True),
         *_optional("D", "BLD", "delta_bias"),
     ),
-    grouped="D",
     attributes={"has": 0},
     torch_name="selective_scan",
+    grouped="D",
 )
 
 SSD_SCAN = Operator(
@@ -125,13 +134,22 @@ SSD_SCAN = Operator(
         Input("C", "BLGN", activation=True),
         *_optional("H", "BLHP", "dt_bias"),
     ),
-    grouped="H",
     # chunk_size: tokens in a chunk, in the forms that let one choose; it changes rounding and speed, not the meaning.
     attributes={"has": 0, "chunk_size": 64},
     torch_name="ssd_scan",
+    grouped="H",
 )
 
-OPERATORS = {operator.name: operator for operator in (SELECTIVE_SCAN, SSD_SCAN)}
+# Depthwise, causal, with silu: y_t = silu(bias + sum over k of weight[:,k] x_{t-K+1+k}), 0 before the first token.
+SHORT_CONV = Operator(
+    "MambaShortConv",
+    (Input("x", "BLD", activation=True), Input("weight", "DK"), Input("bias", "D", bit=1)),
+    attributes={"has": 0},
+    torch_name="short_conv",
+)
+
+SCANS = (SELECTIVE_SCAN, SSD_SCAN)
+OPERATORS = {operator.name: operator for operator in (*SCANS, SHORT_CONV)}
 
 
 def cpp_header() -> str:
@@ -153,7 +171,7 @@ def cpp_header() -> str:
         lines += [
             f"struct {operator.name} {{",
             f'  static constexpr const char* kName = "{operator.name}";',
-            f"  static constexpr char kGrouped = '{operator.grouped}';",
+            f"  static constexpr char kGrouped = {repr(operator.grouped) if operator.grouped else 0};",
             f"  static constexpr int kRequired = {len(operator.required)};",
             f"  static constexpr InputSpec kInputs[] = {{{', '.join(rows)}}};",
             "};",

@@ -1,7 +1,7 @@
-"""The scan operators as ONNX functions: plain operators that any ONNX runtime can run, without our native library.
+"""Our operators as ONNX functions: plain operators that any ONNX runtime can run, without our native library.
 
-A function is made for one presence pattern (`has`), one activation type and one chunk size; batch, length, heads,
-groups and state are read from its inputs when it runs. Inside everything is float32.
+A function is made for one presence pattern (`has`), one activation type, one chunk size and one count of taps; batch,
+length, channels, heads, groups and state are read from its inputs when it runs. Inside everything is float32.
 
 Inner values carry the function's name as a prefix, because TensorRT puts them into one namespace with the graph's. The
 constants of a Scan's body are Constant nodes, because TensorRT reads the initializers of a nested body as garbage.
@@ -17,9 +17,10 @@ from typing import Any
 
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from mdm.plugins.contract import ACTIVATIONS, DOMAIN, OPERATORS, SSD_SCAN, VERSION, Operator
+from mdm.plugins.contract import ACTIVATIONS, DOMAIN, OPERATORS, SHORT_CONV, SSD_SCAN, VERSION, Operator
 
 OPSET = 20
+TAPS = 4
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 Value = str  # the name of one
 Step = Callable[..., tuple[Value, Value]]
@@ -87,19 +88,22 @@ class Body:
 
 
 def function_body(
-    operator: Operator, has: int, dtype: str = "float32", chunk_size: int = 64, opset: int = OPSET
+    operator: Operator, has: int, dtype: str = "float32", chunk_size: int = 64, taps: int = TAPS, opset: int = OPSET
 ) -> FunctionProto:
     """The function that a node of this pattern calls where no native form is at hand."""
     if dtype not in ACTIVATIONS:
         raise ValueError(f"activations are {dtype!r}, expected one of: {', '.join(ACTIVATIONS)}")
     present = [spec.name for spec in operator.present(has)]
     body = Body(operator.name)
-    scan = partial(ssd, chunk_size=chunk_size) if operator is SSD_SCAN else selective
-    whole_operator(body, operator, {name: name for name in present}, TYPES[dtype], scan, "y")
+    if operator is SHORT_CONV:
+        short_conv(body, TYPES[dtype], taps, *present)
+    else:
+        scan = partial(ssd, chunk_size=chunk_size) if operator is SSD_SCAN else selective
+        whole_scan(body, operator, {name: name for name in present}, TYPES[dtype], scan, "y")
     return helper.make_function(DOMAIN, operator.name, present, ["y"], body.nodes, [helper.make_opsetid("", opset)])
 
 
-def whole_operator(
+def whole_scan(
     body: Body, operator: Operator, values: Mapping[str, Value], dtype: int, scan: Callable[..., Value], output: Value
 ) -> None:
     """Everything around the bare scan(body, x, step size, A, Bm, C): casts, step size, D skip, gate."""
@@ -120,8 +124,11 @@ def whole_operator(
         y = body.Add(y, body.Mul(x, body.Unsqueeze(D, body.ints(-1)) if operator is SSD_SCAN else D))
     if z is not None:
         y = body.Mul(y, body.Mul(z, body.Sigmoid(z)))
-    # To the type of what came in: among half-precision nodes one may have been kept in float32.
-    like = values[operator.inputs[0].name]
+    finish(body, y, values[operator.inputs[0].name], output)
+
+
+def finish(body: Body, y: Value, like: Value, output: Value) -> None:
+    """To the type of what came in: among half-precision nodes one may have been kept in float32."""
     body.nodes.append(helper.make_node("CastLike", [y, like], [output], name=f"{body.prefix}_y"))
 
 
@@ -211,43 +218,78 @@ def ssd(body: Body, x: Value, dt: Value, A: Value, Bm: Value, C: Value, chunk_si
     return body.Slice(y, body.ints(0), L, body.ints(1))
 
 
-def scan_nodes(model: ModelProto) -> list[NodeProto]:
-    """The scan nodes of a model, as far as they stand in its main graph."""
+def short_conv(body: Body, dtype: int, taps: int, x: Value, weight: Value, bias: Value | None = None) -> None:
+    """Tap by tap over the padded sequence.
+
+    With nodes that know neither the channels (as Conv's attribute `group` does) nor hold K sequences side by side.
+    ONNX Runtime needs twice the time of its Conv between transposes for it, TensorRT makes one kernel of it.
+    """
+    u = x if dtype == TensorProto.FLOAT else body.Cast(x, to=TensorProto.FLOAT)  # [B,L,D]
+    # One output for each tap, so that another K than the body's is an error.
+    first = body.Split(body.Transpose(weight, perm=[1, 0]), body.ints(*[1] * taps), outputs=taps, axis=0)  # [1,D] each
+    weights = [first, *(f"{first}_{k}" for k in range(1, taps))]
+    length, time = body.dim(x, 1), body.ints(1)
+    seen = body.Pad(u, body.ints(taps - 1, 0), body.number(0.0), time)  # [B,K-1+L,D]
+    total = body.Mul(u, weights[-1])  # [B,L,D]
+    if bias is not None:
+        total = body.Add(total, bias)
+    for k in range(taps - 1):
+        start = body.ints(k)
+        slid = body.Slice(seen, start, body.Add(length, start), time)  # [B,L,D]
+        total = body.Add(total, body.Mul(slid, weights[k]))
+    finish(body, body.Mul(total, body.Sigmoid(total)), x, "y")
+
+
+def operator_nodes(model: ModelProto) -> list[NodeProto]:
+    """The nodes of our operators in a model, as far as they stand in its main graph."""
     return [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATORS]
 
 
 def attributes_of(node: NodeProto) -> dict[str, int]:
-    """The integer attributes of a scan node, those that are left out at their defaults."""
+    """The integer attributes of such a node, those that are left out at their defaults."""
     written = {a.name: int(a.i) for a in node.attribute}
     return {name: written.get(name, default) for name, default in OPERATORS[node.op_type].attributes.items()}
 
 
 def attach_functions(model: ModelProto, dtype: str = "float32") -> None:
-    """Give a model the bodies that its scan nodes call."""
+    """Give a model the bodies that its nodes of our operators call."""
     patterns: dict[str, dict[str, int]] = {}
-    for node in scan_nodes(model):
-        attributes = attributes_of(node)
-        if patterns.setdefault(node.op_type, attributes) != attributes:
+    for node in operator_nodes(model):
+        written = attributes_of(node)
+        if node.op_type == SHORT_CONV.name:
+            written["taps"] = taps_of(node, model)
+        if patterns.setdefault(node.op_type, written) != written:
             raise ValueError(
-                f"node '{node.name}' is a {node.op_type} with {attributes}, another has {patterns[node.op_type]}: "
+                f"node '{node.name}' is a {node.op_type} with {written}, another has {patterns[node.op_type]}: "
                 "a file can hold one body for each operator"
             )
     opset = next(entry.version for entry in model.opset_import if not entry.domain)  # a function must have the same
-    for name, attributes in patterns.items():
-        operator = OPERATORS[name]
-        chunk = {"chunk_size": attributes["chunk_size"]} if "chunk_size" in attributes else {}
-        model.functions.append(function_body(operator, attributes["has"], dtype, opset=opset, **chunk))
+    for name, written in patterns.items():
+        model.functions.append(function_body(OPERATORS[name], **written, dtype=dtype, opset=opset))
 
 
-def scan_model(operator: Operator, has: int, dtype: str = "float32", **attributes: Any) -> ModelProto:
-    """A model of one scan node and its body; dimensions are named by the contract's letters."""
+def taps_of(node: NodeProto, model: ModelProto) -> int:
+    """K of a short convolution, by its weight."""
+    sizes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    sizes |= {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+    found = sizes.get(node.input[1], [])
+    if len(found) != 2 or not found[1]:
+        raise ValueError(f"node '{node.name}': K of its weight '{node.input[1]}' is not a number in this file")
+    return found[1]
+
+
+def operator_model(
+    operator: Operator, has: int, dtype: str = "float32", taps: int = TAPS, **attributes: Any
+) -> ModelProto:
+    """A model of one node and its body; dimensions are named by the contract's letters, only K is a number."""
     present = operator.present(has)
 
     def info(name: str, dims: str, activation: bool) -> ValueInfoProto:
-        return helper.make_tensor_value_info(name, TYPES[dtype if activation else "float32"], list(dims))
+        shape = [taps if letter == "K" else letter for letter in dims]
+        return helper.make_tensor_value_info(name, TYPES[dtype if activation else "float32"], shape)
 
     node = helper.make_node(
-        operator.name, [spec.name for spec in present], ["y"], name="scan", domain=DOMAIN, has=has, **attributes
+        operator.name, [spec.name for spec in present], ["y"], name="node", domain=DOMAIN, has=has, **attributes
     )
     graph = helper.make_graph(
         [node],

@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, shape_inference
 
 from mdm.plugins.contract import DOMAIN, SSD_SCAN
 from mdm.plugins.errors import InputError
-from mdm.plugins.functions import Body, Value, attributes_of, whole_operator
+from mdm.plugins.functions import Body, Value, attributes_of, whole_scan
 
 
 def use_linear_attention(model: ModelProto) -> ModelProto:
@@ -65,7 +65,7 @@ def replacement(node: NodeProto, dims: Mapping[str, Sequence[int]], types: Mappi
         )  # fmt: skip
         return body.Reshape(y, body.Shape(x))
 
-    whole_operator(body, SSD_SCAN, named, types.get(named["x"], TensorProto.FLOAT), scan, node.output[0])
+    whole_scan(body, SSD_SCAN, named, types.get(named["x"], TensorProto.FLOAT), scan, node.output[0])
     return body.nodes
 
 

@@ -1,7 +1,7 @@
-"""The scan operators as torch custom ops, `torch.ops.mdm.selective_scan` and `.ssd_scan`.
+"""Our operators as torch custom ops, `torch.ops.mdm.selective_scan`, `.ssd_scan` and `.short_conv`.
 
-They compute what the functions of `scan.py` compute; the exporter sees each as one node. Names, order of inputs and
-the checks of shapes come from the contract.
+They compute what the functions of `scan.py` and `short_conv.py` compute; the exporter sees each as one node. Names,
+order of inputs and the checks of shapes come from the contract.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from mdm.plugins.contract import DOMAIN, SELECTIVE_SCAN, SSD_SCAN, Operator
+from mdm.plugins.contract import DOMAIN, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN, Operator
 from mdm.plugins.errors import InputError
 from mdm.reference import scan
+from mdm.reference import short_conv as conv
 
 
 def define(operator: Operator, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -51,3 +52,4 @@ def known_sizes(tensor: Tensor) -> list[int | None]:
 
 selective_scan = define(SELECTIVE_SCAN, scan.selective_scan)
 ssd_scan = define(SSD_SCAN, scan.ssd_scan)
+short_conv = define(SHORT_CONV, conv.short_conv)

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mdm.plugins.contract import DOMAIN, SCANS, SHORT_CONV
 from mdm.tools.options import FILE, json_option, print_json
-
-SCANS = ("mdm.MambaSelectiveScan", "mdm.MambaSsdScan")
 
 
 @click.command("inspect")
@@ -96,14 +95,15 @@ def tasks(manifest: dict[str, Any]) -> Table:
 
 
 def graphs(manifest: dict[str, Any]) -> Table:
-    table = plain_table("graph", "nodes", "MatMul", "scans", "KB", "inputs", title="\nGraphs")
+    table = plain_table("graph", "nodes", "MatMul", "scans", "short convs", "KB", "inputs", title="\nGraphs")
     table.columns[0].no_wrap = True
     for name, graph in manifest["graphs"].items():
         operators = graph["operators"]
         shapes = "  ".join(f"{i['name']}[{','.join(map(str, i['shape']))}]" for i in graph["inputs"])
         table.add_row(
             shown(name), str(graph["nodes"]), str(operators.get("MatMul", 0)),
-            str(sum(operators.get(scan, 0) for scan in SCANS)),
+            str(sum(operators.get(f"{DOMAIN}.{scan.name}", 0) for scan in SCANS)),
+            str(operators.get(f"{DOMAIN}.{SHORT_CONV.name}", 0)),
             f"{manifest['files'][graph['file']]['size'] / 1e3:.0f}", shown(shapes),
         )  # fmt: skip
     return table

@@ -1,4 +1,5 @@
 // The kernels of one instruction set: compiled once for each, with its flags.
+#include "conv.h"
 #include "selective.h"
 #include "ssd.h"
 
@@ -12,6 +13,10 @@ void selective_scan(const mdm::SelectiveScanInputs& in, int64_t item) {
 void ssd_scan(const mdm::SsdScanInputs& in, int64_t item) {
   const FlushTiny guard;
   in.half ? SsdItem<Half>(in, item).run() : SsdItem<float>(in, item).run();
+}
+
+void short_conv(const mdm::ShortConvInputs& in, int64_t item) {
+  in.half ? ConvItem<Half>(in, item).run() : ConvItem<float>(in, item).run();
 }
 
 // Independent multiply-adds in registers and nothing else: the machine's peak, for `mdm bench ops`.
@@ -34,10 +39,10 @@ double multiply_add(int64_t rounds) {
 
 namespace mdm {
 #if defined(__AVX512F__)
-extern const Kernels kAvx512{"avx512", selective_scan, ssd_scan, multiply_add};
+extern const Kernels kAvx512{"avx512", selective_scan, ssd_scan, short_conv, multiply_add};
 #elif defined(__AVX2__)
-extern const Kernels kAvx2{"avx2", selective_scan, ssd_scan, multiply_add};
+extern const Kernels kAvx2{"avx2", selective_scan, ssd_scan, short_conv, multiply_add};
 #else
-extern const Kernels kPortable{"portable", selective_scan, ssd_scan, multiply_add};
+extern const Kernels kPortable{"portable", selective_scan, ssd_scan, short_conv, multiply_add};
 #endif
 }  // namespace mdm

@@ -1,4 +1,4 @@
-// The two scan operators as an ONNX Runtime custom operator library, for the CPU.
+// Our operators as an ONNX Runtime custom operator library, for the CPU.
 //
 // The contract (names, order, dimensions, types) comes from contract.py through contract.h. ONNX Runtime calls from
 // its own threads and knows no exceptions: nothing is thrown out of this file.
@@ -64,6 +64,10 @@ class Inputs {
       fail(text() + "the node has " + std::to_string(count) + " inputs, but attribute 'has' = " + std::to_string(has) +
            " stands for " + std::to_string(place));
     }
+    if (sizes_.count('K') && size('K') < 1) {
+      fail(text() + "input '" + sizes_.at('K').second + "' has K = 0, expected at least one tap");
+    }
+    if (!sizes_.count('G')) return;
     const int64_t whole = size(Operator::kGrouped), groups = size('G');
     if (groups == 0 || whole % groups) {
       fail(text() + "input 'Bm' has G = " + std::to_string(groups) + ", which does not divide " + Operator::kGrouped +
@@ -135,17 +139,17 @@ void* output(ort::KernelContext* context, const Inputs<Operator>& inputs) {
 }
 
 // Runs all items on ONNX Runtime's threads.
-template <typename Scan>
-void run_items(ort::KernelContext* context, const Scan& scan, void (*kernel)(const Scan&, int64_t), int64_t count) {
+template <typename Work>
+void run_items(ort::KernelContext* context, const Work& work, void (*kernel)(const Work&, int64_t), int64_t count) {
   struct Job {
-    const Scan& scan;
-    void (*kernel)(const Scan&, int64_t);
+    const Work& work;
+    void (*kernel)(const Work&, int64_t);
     std::atomic<bool> out_of_memory;
-  } job{scan, kernel, {false}};
+  } job{work, kernel, {false}};
   const auto one = [](void* data, size_t item) {
     Job& job = *static_cast<Job*>(data);
     try {
-      job.kernel(job.scan, int64_t(item));
+      job.kernel(job.work, int64_t(item));
     } catch (const std::bad_alloc&) {
       job.out_of_memory = true;
     }
@@ -181,6 +185,15 @@ void compute(ort::KernelContext* context, const Inputs<mdm::MambaSsdScan>& in, b
   if (scan.B * scan.L * scan.H * scan.P > 0) {
     run_items(context, scan, mdm::kernels()->ssd_scan, mdm::SsdSplit(scan).items(scan));
   }
+}
+
+void compute(ort::KernelContext* context, const Inputs<mdm::MambaShortConv>& in, bool half) {
+  mdm::ShortConvInputs conv{};
+  conv.B = in.size('B'), conv.L = in.size('L'), conv.D = in.size('D'), conv.K = in.size('K');
+  conv.half = half;
+  conv.x = in.data<void>("x"), conv.weight = in.data<float>("weight"), conv.bias = in.data<float>("bias");
+  conv.y = output(context, in);
+  if (mdm::items(conv) > 0) run_items(context, conv, mdm::kernels()->short_conv, mdm::items(conv));
 }
 
 // Names the dimensions that have neither a size nor a name, each differently. ONNX Runtime 1.31 makes such a one -1
@@ -232,14 +245,19 @@ struct Description {
     op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Api*, const ort::KernelInfo* info, void** kernel) {
       return guarded(Operator::kName, [&] {
         int64_t has = 0, all = 0;
-        for (const InputSpec& spec : Operator::kInputs) all |= spec.bit;
+        std::string bits;
+        for (const InputSpec& spec : Operator::kInputs) {
+          if (!spec.bit) continue;
+          all |= spec.bit;
+          bits += (bits.empty() ? "" : ", ") + std::to_string(spec.bit) + " (" + spec.name + ")";
+        }
         if (ort::Status* absent = api->KernelInfoGetAttribute_int64(info, "has", &has)) {
           api->ReleaseStatus(absent);
           has = 0;
         }
         if (has < 0 || has > all) {
           fail(std::string(Operator::kName) + ": attribute 'has' is " + std::to_string(has) + ", expected 0 to " +
-               std::to_string(all) + ", a sum of 1 (D), 2 (z), 4 (bias), 8 (mask)");
+               std::to_string(all) + ", a sum of " + bits);
         }
         *kernel = new int64_t(has);
       });
@@ -273,6 +291,8 @@ MDM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const or
       Description<mdm::MambaSelectiveScan, ort::kFloat16>::make(),
       Description<mdm::MambaSsdScan, ort::kFloat>::make(),
       Description<mdm::MambaSsdScan, ort::kFloat16>::make(),
+      Description<mdm::MambaShortConv, ort::kFloat>::make(),
+      Description<mdm::MambaShortConv, ort::kFloat16>::make(),
   };
   const ort::Api* found = base->GetApi(ort::kApiVersion);
   if (!found) {  // version 1 has always been there, and its first slot makes a status

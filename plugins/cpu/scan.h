@@ -1,6 +1,6 @@
 // What the operators hand to the kernels, and the kernels one instruction set offers.
 //
-// Letters: B batch, L length, D channels, H heads, P head width, N state, G groups of Bm and C.
+// Letters: B batch, L length, D channels, H heads, P head width, N state, G groups of Bm and C, K taps.
 #pragma once
 
 #include <cstddef>
@@ -39,6 +39,15 @@ struct SsdScanInputs {
   void* y;            // [B,L,H,P]
 };
 
+struct ShortConvInputs {
+  int64_t B, L, D, K;
+  bool half;
+  const void* x;        // [B,L,D]
+  const float* weight;  // [D,K]
+  const float* bias;    // [D] or null
+  void* y;              // [B,L,D]
+};
+
 // The work is cut into items that any thread may run in any order. The cut depends on length and widths alone, so the
 // result of a sample is the same, to the bit, in every batch and with every number of threads.
 struct SsdSplit {
@@ -65,10 +74,17 @@ constexpr int64_t kChannels = 64;  // of an item of the selective scan, all of o
 inline int64_t blocks_per_group(const SelectiveScanInputs& in) { return (in.D / in.G + kChannels - 1) / kChannels; }
 inline int64_t items(const SelectiveScanInputs& in) { return in.B * in.G * blocks_per_group(in); }
 
+constexpr int64_t kConvTokens = 128, kConvChannels = 512;  // of an item of the short convolution, at most
+
+inline int64_t token_blocks(const ShortConvInputs& in) { return (in.L + kConvTokens - 1) / kConvTokens; }
+inline int64_t channel_blocks(const ShortConvInputs& in) { return (in.D + kConvChannels - 1) / kConvChannels; }
+inline int64_t items(const ShortConvInputs& in) { return in.B * token_blocks(in) * channel_blocks(in); }
+
 struct Kernels {
   const char* name;
   void (*selective_scan)(const SelectiveScanInputs&, int64_t item);  // may throw std::bad_alloc
   void (*ssd_scan)(const SsdScanInputs&, int64_t item);
+  void (*short_conv)(const ShortConvInputs&, int64_t item);
   double (*multiply_add)(int64_t rounds);  // runs rounds * this many multiply-adds of floats: returns that number
 };
 

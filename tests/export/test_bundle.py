@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from mdm.export import export_bundle
 from mdm.export.validate import session
-from mdm.plugins.contract import DOMAIN, VERSION
+from mdm.plugins.contract import DOMAIN, OPERATORS, VERSION
 from mdm.reference import SHIPPED_TOKENIZER, load_config
 from mdm.reference.autoencoder import Autoencoder, AutoencoderShape
 from mdm.reference.checkpoint import build_model, published_name
@@ -37,7 +37,7 @@ from mdm.runtime.safetensors_header import Entry, read_header, write_header
 
 Tiny = Callable[..., dict[str, Any]]
 Contents = Callable[[Path], dict[str, bytes | None]]
-SCANS = {f"{DOMAIN}.MambaSsdScan", f"{DOMAIN}.MambaSelectiveScan"}
+OURS = {f"{DOMAIN}.{name}" for name in OPERATORS}
 TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
 WHOLE = ("mdm", "dim")
 STABLE = ("weights.safetensors", "derived.safetensors")
@@ -134,9 +134,10 @@ def test_names_follow_the_modules_and_are_unique(whole: Path) -> None:
         outputs = [output for node in model.graph.node for output in node.output]
         assert len(set(outputs)) == len(outputs)
         if name.startswith(("denoise", "step")):
-            scans = [n for n in model.graph.node if n.domain == DOMAIN]
-            assert [n.name for n in scans] == [f"backbone.blocks.{i}.mixers.0.scan" for i in range(3)]
-            assert all(n.input and all(n.input) for n in scans)
+            ours = [n for n in model.graph.node if n.domain == DOMAIN]
+            mixers = [f"backbone.blocks.{i}.mixers.0" for i in range(3)]
+            assert [n.name for n in ours] == [f"{at}.{node}" for at in mixers for node in ("conv1d.conv", "scan")]
+            assert all(n.input and all(n.input) for n in ours)
 
 
 def test_graphs_say_where_they_come_from(whole: Path) -> None:
@@ -148,7 +149,7 @@ def test_graphs_say_where_they_come_from(whole: Path) -> None:
         assert json.loads(facts["mdm.config"]) == manifest["config"]
         opsets = {entry.domain: entry.version for entry in model.opset_import}
         assert opsets == ({"": 20, DOMAIN: VERSION} if model.functions else {"": 20})
-        assert {f"{f.domain}.{f.name}" for f in model.functions} == SCANS & manifest["graphs"][name]["operators"].keys()
+        assert {f"{f.domain}.{f.name}" for f in model.functions} == OURS & manifest["graphs"][name]["operators"].keys()
 
 
 def test_nothing_tells_of_the_machine(whole: Path, source: Path) -> None:

@@ -260,7 +260,7 @@ def test_a_killed_export_leaves_nothing_at_the_target(
 
 # ---------------------------------------------------------------------------------------------------- planted faults
 
-ADD, SCAN, GATHER, KEEP, SELECT = Graph.split_op, mixers.scan, Orders.gather, Step.keep, Step.select
+ADD, SCAN, GATHER, KEEP, SELECT = Graph.split_op, mixers.own_node, Orders.gather, Step.keep, Step.select
 
 
 def exchange(one: str, other: str) -> Any:
@@ -270,7 +270,7 @@ def exchange(one: str, other: str) -> Any:
 
 def without(name: str) -> Any:
     """Scans that leave out an input."""
-    return (mixers, "scan", lambda g, op, needed, more, **named: SCAN(g, op, needed, more | {name: None}, **named))
+    return (mixers, "own_node", lambda g, op, needed, more, **named: SCAN(g, op, needed, more | {name: None}, **named))
 
 
 def swapped(self: Orders, x: Value, start: int, to: int) -> Value:

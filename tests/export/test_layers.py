@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mdm.export import layers
 from mdm.export.graph import Graph
+from mdm.plugins import register
 from mdm.reference import backbone
 from mdm.reference.mixer import CausalConv, GroupedRMSNorm
 
@@ -128,16 +129,27 @@ def test_grid_conv(height: int, side: int, blank_graph: Blank, run_graph: Run, d
 
 @pytest.mark.parametrize("taps", [1, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 33])
-def test_causal_conv(taps: int, length: int, blank_graph: Blank, run_graph: Run, draw: torch.Generator) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_short_conv(
+    taps: int, length: int, native: bool, blank_graph: Blank, run_graph: Run, draw: torch.Generator
+) -> None:
     conv, x = CausalConv(10, taps), normal(draw, 2, length, 10)
     g = blank_graph({f"conv1d.{name}": p.detach() for name, p in conv.named_parameters()})
-    y = layers.causal_conv(g, g.input("x", "float32", ["batch", "length", 10]), "conv1d", 10, taps)
+    y = layers.short_conv(g, g.input("x", "float32", ["batch", "length", 10]), "conv1d")
     g.output("y", y, ["batch", "length", 10])
-    (found,) = run_graph(g, x=x)
-    hold(found, conv(x).detach())
-    later = x.clone()
-    later[:, -1] += 1
-    assert np.array_equal(run_graph(g, x=later)[0][:, :-1], found[:, :-1])
+    assert [node.name for node in g.nodes] == ["conv1d.conv", "y"]
+    options = ort.SessionOptions()
+    if native:
+        register(options)
+    (found,) = run_graph(g, options, x=x)
+    hold(found, F.silu(conv(x)).detach())
+
+
+def test_a_convolution_has_the_mixers_type_and_float32_weights(blank_graph: Blank) -> None:
+    g = blank_graph({"conv1d.weight": torch.ones(4, 1, 3), "conv1d.bias": torch.ones(4)}, "fp16")
+    y = layers.short_conv(g, g.input("x", "float32", [1, 2, 4]), "conv1d")
+    assert y.dtype == "float16"
+    assert {(s.dtype, s.shape) for s in g.stored.values()} == {("float32", (4, 3)), ("float32", (4,))}
 
 
 @pytest.mark.parametrize("role", ["mixer", "time"])

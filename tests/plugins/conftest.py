@@ -1,4 +1,4 @@
-"""For the scan operators: a session over one node, the float64 recurrence it is held to, and the cases it is tried on.
+"""For our operators: a session over one node, the float64 definition it is held to, and the cases it is tried on.
 
 The cases are a pairwise covering: every two values of two of the axes meet in some case.
 """
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from mdm.plugins import library, register
-from mdm.plugins.contract import SSD_SCAN, Operator
-from mdm.tools.bench.scan_inputs import DECAYS, Arrays, scan_inputs
+from mdm.plugins.contract import SHORT_CONV, SSD_SCAN, Operator
+from mdm.tools.bench.operator_inputs import DECAYS, Arrays, operator_inputs
 
 # tools/sanitize brings its own build of the library.
 if "MDM_TEST_SCAN_LIBRARY" in os.environ:
@@ -40,6 +40,14 @@ AXES: dict[str, tuple[Any, ...]] = {
     "B": (1, 0, 5),
     "dtype": tuple(LIMITS),
 }
+CONV_AXES: dict[str, tuple[Any, ...]] = {
+    "L": (1, 2, 3, 4, 5, 127, 128, 131, 1064),  # 128 tokens are an item of the native form, which takes four at a time
+    "D": (1, 7, 16, 67, 512, 521, 1100),  # and 512 channels
+    "K": (1, 2, 3, 4, 5, 9),
+    "has": (0, 1),
+    "B": (1, 0, 5),
+    "dtype": tuple(LIMITS),
+}
 OpenSession = Callable[..., onnxruntime.InferenceSession]
 
 
@@ -52,8 +60,22 @@ def open_session(model: ModelProto, native: bool = False, threads: int = 1) -> o
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def definition(operator: Operator, inputs: Arrays) -> Array:
+    """In float64, in numpy: shares no line with any form it judges."""
+    return convolution(inputs) if operator is SHORT_CONV else recurrence(operator, inputs)
+
+
+def convolution(inputs: Arrays) -> Array:
+    """Each channel of each sample by numpy's own convolution, the taps turned."""
+    x, weight = inputs["x"].astype(np.float64), inputs["weight"].astype(np.float64)
+    total = np.zeros_like(x) + inputs.get("bias", np.zeros(1)).astype(np.float64)
+    for b, d in np.ndindex(x.shape[0], x.shape[2]):
+        total[b, :, d] += np.convolve(x[b, :, d], weight[d, ::-1])[: x.shape[1]]
+    return total / (1 + np.exp(-total))
+
+
 def recurrence(operator: Operator, inputs: Arrays) -> Array:
-    """The definition, one token after another in float64, in numpy: shares no line with any form it judges."""
+    """A scan, one token after another."""
     x, step, A, Bm, C = (inputs[spec.name].astype(np.float64) for spec in operator.required)
     D, z, bias, mask = (
         None if (v := inputs.get(spec.name)) is None else v.astype(np.float64) for spec in operator.optional
@@ -62,7 +84,7 @@ def recurrence(operator: Operator, inputs: Arrays) -> Array:
     if mask is not None:
         step = step * mask[..., None]
     ssd, groups = operator is SSD_SCAN, Bm.shape[2]
-    # Both operators as one: [B,L,G,R] scalars and [B,L,G,R,P] values, P = 1 for Mamba-1; A [G,R,1,N].
+    # Both scans as one: [B,L,G,R] scalars and [B,L,G,R,P] values, P = 1 for Mamba-1; A [G,R,1,N].
     B, L = x.shape[:2]
     R = x.shape[2] // groups
     x = x.reshape(B, L, groups, R, x.shape[-1] if ssd else 1)
@@ -93,7 +115,7 @@ def session() -> OpenSession:
 
 @pytest.fixture(scope="session")
 def exact() -> Callable[[Operator, Arrays], Array]:
-    return recurrence
+    return definition
 
 
 @pytest.fixture(scope="session")
@@ -116,33 +138,35 @@ def pairwise(axes: dict[str, tuple[Any, ...]]) -> list[Case]:
     return cases
 
 
-CASES = pairwise(AXES)
+CASES, CONV_CASES = pairwise(AXES), pairwise(CONV_AXES)
 
 
 def sizes_of(case: Case) -> dict[str, int]:
-    """Heads and channels few enough that the recurrence follows 4160 tokens in a second."""
+    """Heads and channels of a scan few enough that the recurrence follows 4160 tokens in a second."""
+    if "K" in case:
+        return {name: case[name] for name in "BLDK"}
     heads, channels = {1: 3, 2: 4, 8: 8}[case["G"]], case["P"] * (1 if case["L"] > 1064 else 3)
     return {name: case[name] for name in "BLGNP"} | {"H": heads, "D": channels}
 
 
 @pytest.fixture(scope="session")
 def hold() -> Callable[..., None]:
-    """Hold a form of an operator to the recurrence in every case; record its worst errors."""
+    """Hold a form of an operator to the definition in every case; record its worst errors."""
 
     def check(name: str, operator: Operator, open_form: Callable[[Case, Arrays], Any], figure: Any) -> None:
-        worst = dict.fromkeys(LIMITS, 0.0)
-        for case in CASES:
-            inputs = scan_inputs(operator, sizes_of(case), case["has"], case["dtype"], case["decay"])
+        worst, cases = dict.fromkeys(LIMITS, 0.0), CONV_CASES if operator is SHORT_CONV else CASES
+        for case in cases:
+            inputs = operator_inputs(operator, sizes_of(case), case["has"], case["dtype"], case.get("decay", ""))
             form = open_form(case, inputs)
             if form is None:
                 continue
-            expected, y = recurrence(operator, inputs), form.run(None, inputs)[0]
+            expected, y = definition(operator, inputs), form.run(None, inputs)[0]
             assert (y.shape, y.dtype) == (expected.shape, case["dtype"])
             error = relative_error(y, expected)
             assert error <= LIMITS[case["dtype"]], f"{case}: {error:.3g}"
             worst[case["dtype"]] = max(worst[case["dtype"]], error)
         for dtype, error in worst.items():
-            figure(f"{operator.torch_name}, {name}, {dtype}: worst of {len(CASES)} cases", error, LIMITS[dtype])
+            figure(f"{operator.torch_name}, {name}, {dtype}: worst of {len(cases)} cases", error, LIMITS[dtype])
 
     return check
 

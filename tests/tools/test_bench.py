@@ -20,7 +20,10 @@ def test_every_form_is_measured(capsys: Out) -> None:
     report = json.loads(capsys.readouterr().out)
     forms = {(row["operator"], row["point"]["state"]): set(row["milliseconds"]) for row in report["rows"]}
     ssd = {"native", "body", "linear", "torch"}
-    assert forms == {("selective_scan", 16): ssd - {"linear"}, ("ssd_scan", 64): ssd, ("ssd_scan", 128): ssd}
+    assert forms == {
+        ("short_conv", 4): ssd - {"linear"} | {"conv"}, ("selective_scan", 16): ssd - {"linear"},
+        ("ssd_scan", 64): ssd, ("ssd_scan", 128): ssd,
+    }  # fmt: skip
     for row in report["rows"]:
         assert min(row["milliseconds"].values()) > 0
         assert row["share_of_peak"] > 0

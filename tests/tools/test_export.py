@@ -261,8 +261,10 @@ def test_a_disk_that_takes_no_folder(
 
 
 def test_a_mismatch_is_1_and_names_graph_and_output(capsys: Out, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scan = mixers.scan
-    monkeypatch.setattr(mixers, "scan", lambda g, op, needed, more, **n: scan(g, op, needed, more | {"D": None}, **n))
+    scan = mixers.own_node
+    monkeypatch.setattr(
+        mixers, "own_node", lambda g, op, needed, more, **n: scan(g, op, needed, more | {"D": None}, **n)
+    )
     assert main(["export", *DIM, "-o", "a.bundle", "--json"]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["error"]["type"] == "ParityError"

@@ -1,11 +1,13 @@
-"""`mdm bench ops`: every form of the two scan operators on one grid of sizes, in one run.
+"""`mdm bench ops`: every form of our operators on one grid of sizes, in one run.
 
-All forms compute the whole operator of a Mamba block (softplus with bias, scan, D skip, gate) on the same inputs:
+All forms compute the whole operator of a Mamba block (a scan with softplus, bias, D skip and gate; the convolution with
+bias and silu) on the same inputs:
 
     native        our library in an ONNX Runtime session
     body          the function body: for Mamba-1 an ONNX Scan over tokens, for Mamba-2 one over chunks of 64
     scan          Mamba-2's function body with chunks of one token: an ONNX Scan over tokens
     linear        com.microsoft::LinearAttention, Mamba-2 only
+    conv          ONNX Runtime's Conv between two Transpose, then Sigmoid and Mul: the short convolution only
     torch         the reference, chunked, eager
     naive, compiled    the reference token by token, and chunked under torch.compile: only at batch 1 and width 1024
 
@@ -23,7 +25,7 @@ from typing import Any
 
 import click
 
-from mdm.plugins.contract import SELECTIVE_SCAN, SSD_SCAN, Operator
+from mdm.plugins.contract import SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN, Operator
 from mdm.tools.options import json_option, print_json, progress_bar
 
 HAS = 7  # D, z and bias: what every block has
@@ -31,8 +33,9 @@ HEAD = 64
 AIMS = {  # the least that native should be faster than, on the median over the grid
     SSD_SCAN.torch_name: {"linear": 2.5, "torch": 9.0},
     SELECTIVE_SCAN.torch_name: {"body": 15.0, "torch": 12.0},
+    SHORT_CONV.torch_name: {"conv": 2.0},
 }
-OPERATOR_OF_STATE = {16: SELECTIVE_SCAN, 64: SSD_SCAN, 128: SSD_SCAN}
+OPERATOR_OF_STATE = {4: SHORT_CONV, 16: SELECTIVE_SCAN, 64: SSD_SCAN, 128: SSD_SCAN}  # a convolution's are its taps
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,15 @@ class Point:
     def sizes(self) -> dict[str, int]:
         heads = self.width // HEAD
         return {
-            "B": self.batch, "L": self.length, "D": self.width, "H": heads, "P": HEAD, "N": self.state, "G": 1
+            "B": self.batch, "L": self.length, "D": self.width, "H": heads, "P": HEAD, "N": self.state, "G": 1,
+            "K": self.state,
         }  # fmt: skip
 
     @property
     def multiply_adds(self) -> float:
-        """What the recurrence itself needs: for Mamba-2 into and out of each state, for Mamba-1 also its decay."""
+        """What the definition itself needs: for Mamba-2 into and out of each state, for Mamba-1 also its decay."""
         states = float(self.batch * self.length * self.width * self.state)
-        return states * (2 if self.operator is SSD_SCAN else 3)
+        return states * {SHORT_CONV.name: 1, SSD_SCAN.name: 2, SELECTIVE_SCAN.name: 3}[self.operator.name]
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class Row:
 @click.option("--length", type=int, multiple=True, default=(274, 1064, 4160), show_default=True)
 @click.option("--width", type=int, multiple=True, default=(1024, 2048, 3072), show_default=True, help="Inner width.")
 @click.option(
-    "--state", type=click.Choice([*map(str, OPERATOR_OF_STATE)]), multiple=True, default=("16", "64", "128"),
-    show_default=True, help="16: Mamba-1; 64, 128: Mamba-2.",
+    "--state", type=click.Choice([*map(str, OPERATOR_OF_STATE)]), multiple=True, default=("4", "16", "64", "128"),
+    show_default=True, help="16: Mamba-1; 64, 128: Mamba-2; 4: the short convolution, whose state is its taps.",
 )  # fmt: skip
 @click.option("--threads", type=int, multiple=True, default=(1, 2), show_default=True)
 @click.option("--seconds", type=float, default=0.3, show_default=True, help="Least time spent on a form at a point.")
@@ -98,7 +102,7 @@ def command(
     seconds: float,
     as_json: bool,
 ) -> None:
-    """Time the scan operators in all their forms, as ratios to the native library."""
+    """Time our operators in all their forms, as ratios to the native library."""
     from mdm.plugins.errors import InputError
     from mdm.plugins.library import instruction_set
 
@@ -140,24 +144,30 @@ def forms(point: Point) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each form as a call, made when its turn comes and dropped after it."""
     import torch
 
-    from mdm.plugins.functions import scan_model
+    from mdm.plugins.functions import operator_model
     from mdm.plugins.linear_attention import use_linear_attention
-    from mdm.reference import scan
-    from mdm.tools.bench.scan_inputs import scan_inputs
+    from mdm.reference.scan import selective_scan, ssd_scan
+    from mdm.reference.short_conv import short_conv
+    from mdm.tools.bench.operator_inputs import operator_inputs
 
-    operator = point.operator
-    inputs = scan_inputs(operator, point.sizes, HAS)
-    shapes = {spec.name: list(inputs[spec.name].shape) for spec in operator.present(HAS)}
-    model = scan_model(operator, HAS)
+    operator, has = point.operator, point.operator.has_all & HAS
+    inputs = operator_inputs(operator, point.sizes, has)
+    shapes = {spec.name: list(inputs[spec.name].shape) for spec in operator.present(has)}
+    model = operator_model(operator, has)
     yield "native", session_call(model, inputs, point.threads, native=True)
     yield "body", session_call(model, inputs, point.threads)
     if operator is SSD_SCAN:
         yield "linear", session_call(use_linear_attention(fixed(model, shapes)), inputs, point.threads)
         if point.batch == 1 and point.width == 1024:
-            yield "scan", session_call(scan_model(operator, HAS, chunk_size=1), inputs, point.threads)
+            yield "scan", session_call(operator_model(operator, HAS, chunk_size=1), inputs, point.threads)
+    if operator is SHORT_CONV:
+        yield "conv", session_call(between_transposes(model, shapes), inputs, point.threads)
     torch.set_num_threads(point.threads)
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-    function = scan.ssd_scan if operator is SSD_SCAN else scan.selective_scan
+    functions: dict[str, Callable[..., torch.Tensor]] = {
+        SSD_SCAN.name: ssd_scan, SELECTIVE_SCAN.name: selective_scan, SHORT_CONV.name: short_conv,
+    }  # fmt: skip
+    function = functions[operator.name]
 
     def run(function: Callable[..., torch.Tensor], **how: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -165,7 +175,8 @@ def forms(point: Point) -> Iterator[tuple[str, Callable[[], object]]]:
 
     yield "torch", partial(run, function)
     if point.batch == 1 and point.width == 1024:
-        yield "naive", partial(run, function, naive=True)
+        if operator is not SHORT_CONV:
+            yield "naive", partial(run, function, naive=True)
         yield "compiled", partial(run, torch.compile(function, dynamic=False))
 
 
@@ -195,6 +206,22 @@ def fixed(model: Any, shapes: Mapping[str, list[int]]) -> Any:
     return copy
 
 
+def between_transposes(model: Any, shapes: Mapping[str, list[int]]) -> Any:
+    """The short convolution by ONNX Runtime's Conv, which wants channels first and their number as an attribute."""
+    from onnx import helper
+
+    (channels, taps), one = shapes["weight"], helper.make_node("Constant", [], ["one"], value_ints=[1])
+    copy = fixed(model, shapes)
+    del copy.functions[:], copy.graph.node[:]
+    turned = helper.make_node("Transpose", ["x"], ["turned"], perm=[0, 2, 1])
+    weight = helper.make_node("Unsqueeze", ["weight", "one"], ["taps"])
+    conv = helper.make_node("Conv", ["turned", "taps", "bias"], ["sums"], group=channels, pads=[taps - 1, 0])
+    back = helper.make_node("Transpose", ["sums"], ["total"], perm=[0, 2, 1])
+    gate = helper.make_node("Sigmoid", ["total"], ["gate"])
+    copy.graph.node.extend([one, turned, weight, conv, back, gate, helper.make_node("Mul", ["total", "gate"], ["y"])])
+    return copy
+
+
 def medians(rows: list[Row]) -> dict[str, dict[str, float]]:
     """For each operator, the median over its points of how many times slower each form is than native."""
     found: dict[str, dict[str, float]] = {}
@@ -208,7 +235,7 @@ def medians(rows: list[Row]) -> dict[str, dict[str, float]]:
     return found
 
 
-FORMS = ("body", "scan", "linear", "torch", "naive", "compiled")
+FORMS = ("body", "scan", "linear", "conv", "torch", "naive", "compiled")
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -225,6 +252,7 @@ def table(rows: list[Row]) -> Iterator[str]:
         "MB: native",
         "body",
         "linear",
+        "conv",
         "torch",
     ]
     yield " | ".join(head)
@@ -236,7 +264,8 @@ def table(rows: list[Row]) -> Iterator[str]:
         cells += [f"{row.milliseconds['native']:.2f}", f"{row.share_of_peak:.0%}"]
         cells += ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
         cells += [
-            f"{row.megabytes[f]:.1f}" if f in row.megabytes else "-" for f in ("native", "body", "linear", "torch")
+            f"{row.megabytes[f]:.1f}" if f in row.megabytes else "-"
+            for f in ("native", "body", "linear", "conv", "torch")
         ]
         yield " | ".join(cells)
     for operator, found in medians(rows).items():

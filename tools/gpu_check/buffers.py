@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mdm.plugins.gpu.variants import Plan
-from mdm.tools.bench.scan_inputs import scan_inputs
+from mdm.tools.bench.operator_inputs import operator_inputs
 from mdm.tools.gpu_check.cases import ALL, Case
 
 # Under compute-sanitizer: every tensor has an allocation of its own, and memcheck sees what goes beyond it.
@@ -51,7 +51,7 @@ class Guarded:
 
 def inputs_of(case: Case) -> dict[str, Tensor]:
     """The present inputs, on the CPU."""
-    arrays = scan_inputs(case.operator, case.sizes, case.has, "float32", case.decay)
+    arrays = operator_inputs(case.operator, case.sizes, case.has, "float32", case.decay)
     return {
         spec.name: torch.from_numpy(arrays[spec.name]).to(getattr(torch, case.dtype if spec.activation else "float32"))
         for spec in case.operator.present(case.has)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SSD_SCAN, Operator
 from mdm.plugins.gpu.variants import SELECTIVE_STATES, SHORTEST, SSD_STATES, Plan, choose
-from mdm.tools.bench.scan_inputs import DECAYS
+from mdm.tools.bench.operator_inputs import DECAYS
 
 BLOCK = 7  # the optional inputs of every Mamba block: D, z, bias
 ALL = 15
@@ -24,7 +24,7 @@ class Case:
     dtype: str
     sizes: Mapping[str, int]  # the contract's letters
     has: int
-    decay: str = "typical"  # see scan_inputs
+    decay: str = "typical"  # see operator_inputs
 
     def __str__(self) -> str:
         sizes = " ".join(f"{letter}{size}" for letter, size in self.sizes.items())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mdm.plugins.errors import EnvironmentLackError
 from mdm.plugins.gpu.counts import Chip, Work, done, floor, least_time
-from mdm.tools.bench.scan_inputs import scan_inputs
+from mdm.tools.bench.operator_inputs import operator_inputs
 from mdm.tools.gpu_check.cases import COMPILED, GOALS, TIMED, Case
 from mdm.tools.gpu_check.measure import Stopwatch, Time
 from mdm.tools.gpu_check.rivals import calls, rivals_of
@@ -118,7 +118,7 @@ def ours(runner: Runner, case: Case) -> tuple[Callable[[], None], Tensor]:
 def inputs_on(case: Case, device: str) -> dict[str, Tensor]:
     B, L = case.sizes["B"], case.sizes["L"]
     tokens = min(L, PATTERN)
-    arrays = scan_inputs(case.operator, {**case.sizes, "B": 1, "L": tokens}, case.has)
+    arrays = operator_inputs(case.operator, {**case.sizes, "B": 1, "L": tokens}, case.has)
     made = {}
     for spec in case.operator.present(case.has):
         value = torch.from_numpy(arrays[spec.name]).to(

@@ -23,7 +23,7 @@ from torch import Tensor
 from mdm.plugins.contract import Operator
 from mdm.plugins.gpu import torch_launch
 from mdm.plugins.gpu.torch_launch import LIMITS
-from mdm.tools.bench.scan_inputs import scan_inputs
+from mdm.tools.bench.operator_inputs import operator_inputs
 
 DEVICE = "cuda" if "MDM_TEST_GPU" in os.environ else "cpu"
 # With "slow" the state outlives segments.
@@ -32,7 +32,7 @@ Inputs = dict[str, Tensor]
 
 
 def tensors(operator: Operator, sizes: dict[str, int], has: int, dtype: str, decay: str = "typical") -> Inputs:
-    arrays = scan_inputs(operator, sizes, has, "float32", decay)
+    arrays = operator_inputs(operator, sizes, has, "float32", decay)
     arrays["A"] = arrays["A"] * (0.02 if decay == "slow" else 1)
     activations = {spec.name for spec in operator.inputs if spec.activation}
     return {

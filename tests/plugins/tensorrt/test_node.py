@@ -22,7 +22,7 @@ from mdm.plugins.gpu import torch_launch
 from mdm.plugins.gpu.torch_launch import LIMITS
 from mdm.plugins.gpu.variants import Plan, choose
 from mdm.plugins.tensorrt.node import Described, Node
-from mdm.tools.bench.scan_inputs import scan_inputs
+from mdm.tools.bench.operator_inputs import operator_inputs
 
 GUARD = 256  # bytes behind every buffer, which nothing may touch
 MIN, OPT, MAX = ({"B": B, "L": L, "D": 64, "H": 2, "P": 32, "G": 1, "N": 16} for B, L in ((1, 3), (1, 35), (2, 70)))
@@ -84,7 +84,7 @@ def test_a_profiles_shapes(operator: Operator, dtype: str, exact: Any, off: Any,
     node = Node(operator, has, lambda: scans)  # type: ignore[arg-type, return-value]
     workspace = guarded(node.workspace(describe(operator, MAX, has, dtype)))
     for sizes in (MIN, OPT, MAX, OPT, MIN):
-        arrays = scan_inputs(operator, sizes, has, "float32", "typical")
+        arrays = operator_inputs(operator, sizes, has, "float32", "typical")
         specs = operator.present(has)
         given = [
             torch.from_numpy(arrays[spec.name]).to(getattr(torch, dtype if spec.activation else "float32"))

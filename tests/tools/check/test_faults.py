@@ -88,6 +88,11 @@ def scaled_weight(bundle: Path) -> None:
     change_weight(bundle, f"{BLOCK}.in_proj.weight", lambda weight: weight * 1.01)
 
 
+def turned_taps(bundle: Path) -> None:
+    """The convolution of block 3 has its taps from the last to the first."""
+    change_weight(bundle, f"{BLOCK}.conv1d.weight", lambda weight: weight[..., ::-1])
+
+
 def swapped_order(bundle: Path) -> None:
     """Block 2 goes through the picture as block 1 does."""
 
@@ -122,6 +127,7 @@ def swapped_rows(bundle: Path) -> None:
 
 PLACES = {
     scaled_weight: (GRAPH, f"{BLOCK}.in_proj.MatMul", "MatMul"),
+    turned_taps: (GRAPH, f"{BLOCK}.conv1d.conv", "mdm.MambaShortConv"),
     swapped_order: (GRAPH, "backbone.blocks.2.reorder", "Gather"),
     dropped_term: (GRAPH, f"{BLOCK}.scan", "mdm.MambaSsdScan"),
     swapped_rows: ("decode_text", "vae.text_out.MatMul", "MatMul"),
@@ -151,7 +157,7 @@ def test_the_golden_files_tell_a_fault_too(plant: Callable[[Path], None], bundle
     assert PLACES[plant][0] in failed
 
 
-@pytest.mark.parametrize("plant", [scaled_weight, swapped_rows], ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("plant", [scaled_weight, turned_taps, swapped_rows], ids=lambda plant: plant.__name__)
 def test_weights_that_are_not_the_checkpoints_are_told_without_running(
     plant: Callable[[Path], None], bundle: Path, check: Run
 ) -> None:

@@ -7,7 +7,7 @@ import itertools
 from mdm.plugins.contract import ACTIVATIONS, OPERATORS, SSD_SCAN
 from mdm.plugins.gpu.pack import key_of
 from mdm.plugins.gpu.variants import SSD_STATES, variants
-from mdm.tools.bench.scan_inputs import DECAYS
+from mdm.tools.bench.operator_inputs import DECAYS
 from mdm.tools.gpu_check.cases import GOALS, TIMED, named, plans, small
 
 

@@ -1,10 +1,10 @@
-"""Level "operators": each scan of a bundle alone, at the bundle's widths, against its definition in float64.
+"""Level "operators": each of our operators in a bundle alone, at its widths there, against its definition in float64.
 
-The definition below goes token by token and shares no line with the forms it judges: the native library, and the
-function body in the bundle's own graphs. Inputs are numbers that the deployed type holds, so the truth sees what the
-backend sees; the floor is the definition in float32, its result rounded to the deployed type.
+The definitions below go token by token, or tap by tap, and share no line with the forms they judge: the native library,
+and the function body in the bundle's own graphs. Inputs are numbers that the deployed type holds, so the truth sees
+what the backend sees; the floor is the definition in float32, its result rounded to the deployed type.
 
-Letters as in `plugins/contract.py`: B batch, L length, D channels, H heads, P head width, N state, G groups.
+Letters as in `plugins/contract.py`: B batch, L length, D channels, H heads, P head width, N state, G groups, K taps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mdm.plugins.contract import DOMAIN, OPERATORS, SSD_SCAN, Operator
+from mdm.plugins.contract import DOMAIN, OPERATORS, SCANS, SHORT_CONV, SSD_SCAN, Operator
 from mdm.plugins.errors import MdmError
 from mdm.plugins.library import REGISTERED
 from mdm.runtime.bundle import Bundle
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 LEVEL = "operators"
 TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of activations, by precision
 LIBRARY, BODY = "native library", "function body"
+STEPS = ("delta", "dt")  # a scan's input
 SHORT = (1, 37, 65)  # one token, an odd number, one past the edge of a chunk
 LONG = (129, 1063)  # at least past two edges; at most, as far as WORK goes
 WORK = 2e8  # tokens times values of state in all long cases: 3 ns each at large widths, 20 at small ones or Mamba-1
 
 
 @dataclass(frozen=True)
-class Scan:
-    """A scan as the bundle's graphs have it."""
+class Subject:
+    """An operator as the bundle's graphs have it."""
 
     operator: Operator
     has: int
@@ -70,47 +71,50 @@ class Case:
 def check_operators(backend: OrtBackend, multiples: Multiples, seeds: Sequence[int]) -> Iterator[Finding]:
     if find_spec("onnx") is None:
         reason = "the Python module onnx is not installed, which a model of one operator is made with"
-        yield Finding(LEVEL, "scans", "", "", Verdict.SKIPPED, reason)
+        yield Finding(LEVEL, LEVEL, "", "", Verdict.SKIPPED, reason)
         return
     try:
-        scans = scans_of(backend.bundle)
+        subjects = subjects_of(backend.bundle)
     except (MdmError, ValueError) as error:  # a graph that was changed, or is none
-        yield failed("scans", "", "", error)
+        yield failed(LEVEL, "", "", error)
         return
+    scans = [subject for subject in subjects if subject.operator in SCANS]
     cases = cases_of(backend.bundle.manifest["config"], seeds, len(scans))
-    for scan in scans:
-        yield from check_scan(backend, multiples, scan, cases)
+    for subject in subjects:
+        its = cases if subject in scans else [case for case in cases if not case.long_decay]
+        yield from check_one(backend, multiples, subject, its)
 
 
-def check_scan(backend: OrtBackend, multiples: Multiples, scan: Scan, cases: Sequence[Case]) -> Iterator[Finding]:
+def check_one(backend: OrtBackend, multiples: Multiples, subject: Subject, cases: Sequence[Case]) -> Iterator[Finding]:
     manifest = backend.bundle.manifest
     dtype, sizes = TYPES[manifest["precision"]], sizes_of(manifest["config"])
-    content = one_node(scan, dtype)
+    content = one_node(subject, dtype)
     forms = {}
-    for place, part in enumerate(parts_of(backend, scan)):
+    for place, part in enumerate(parts_of(backend, subject)):
         try:
-            forms[part] = (
-                without_library(backend, scan, content) if place else backend.session(content, scan.name, scan.used)
-            )
+            if place:
+                forms[part] = without_library(backend, subject, content)
+            else:
+                forms[part] = backend.session(content, subject.name, subject.used)
         except MdmError as error:
-            yield failed(scan.name, part, "", error)
+            yield failed(subject.name, part, "", error)
     for case in cases:
-        inputs = drawn(scan, {**sizes, "B": case.batch, "L": case.length}, dtype, case)
-        truth = recurrence(scan.operator, inputs, np.float64)
-        floor = difference(rounded(recurrence(scan.operator, inputs, np.float32), dtype), truth)
+        inputs = drawn(subject, {**sizes, "B": case.batch, "L": case.length}, dtype, case)
+        truth = definition(subject.operator, inputs, np.float64)
+        floor = difference(rounded(definition(subject.operator, inputs, np.float32), dtype), truth)
         limits = multiples.limits(floor, dtype)
         for part, session in forms.items():
             try:
-                with engine_errors(scan.name):
+                with engine_errors(subject.name):
                     found = session.run(None, inputs)[0]
                 off = difference(found, truth)
             except (MdmError, ValueError) as error:  # it does not run, or comes out in another shape
-                yield failed(scan.name, part, str(case), error)
+                yield failed(subject.name, part, str(case), error)
                 continue
             passed = limits.used(off) <= 1
             said = "" if passed else f"y{list(off.at)} is {off.found:.6g}, expected {off.truth:.6g}"
             verdict = Verdict.PASS if passed else Verdict.FAIL
-            yield Finding(LEVEL, scan.name, part, str(case), verdict, said, truth.shape, off, floor, limits)
+            yield Finding(LEVEL, subject.name, part, str(case), verdict, said, truth.shape, off, floor, limits)
 
 
 def failed(subject: str, part: str, case: str, error: Exception) -> Finding:
@@ -120,13 +124,13 @@ def failed(subject: str, part: str, case: str, error: Exception) -> Finding:
 # --------------------------------------------------------------------------------------------------- what there is
 
 
-def scans_of(bundle: Bundle) -> list[Scan]:
-    """The different scans of all graphs: by attributes, and by the body in their file."""
+def subjects_of(bundle: Bundle) -> list[Subject]:
+    """The different operators of all graphs: by attributes, and by the body in their file."""
     from onnx import load_model_from_string
 
-    from mdm.plugins.functions import attributes_of, scan_nodes
+    from mdm.plugins.functions import attributes_of, operator_nodes
 
-    found: dict[Any, Scan] = {}
+    found: dict[Any, Subject] = {}
     for name in bundle.manifest["graphs"]:
         content = bundle.graph_bytes(name)
         try:
@@ -134,25 +138,27 @@ def scans_of(bundle: Bundle) -> list[Scan]:
         except Exception as error:  # protobuf's own class
             raise ValueError(f"graph '{name}' is not an ONNX file: {error}") from error
         bodies = {function.name: function for function in model.functions if function.domain == DOMAIN}
-        for node in scan_nodes(model):
+        for node in operator_nodes(model):
             attributes, body = attributes_of(node), bodies.get(node.op_type)
             key = node.op_type, *attributes.values(), body and body.SerializeToString(deterministic=True)
             OPERATORS[node.op_type].present(attributes["has"])
-            found.setdefault(key, Scan(OPERATORS[node.op_type], attributes["has"], node, body, model))
+            found.setdefault(key, Subject(OPERATORS[node.op_type], attributes["has"], node, body, model))
     return list(found.values())
 
 
 def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
-    inner = config["expand"] * config["width"]
+    inner, state, taps = config["expand"] * config["width"], config["state"], config["conv"]
     if config["mixer"] == "mamba1":
-        return {"D": inner, "N": config["state"], "G": 1}
-    return {"H": inner // config["head"], "P": config["head"], "N": config["state"], "G": config["groups"]}
+        return {"D": inner, "N": state, "G": 1, "K": taps}
+    heads, groups = inner // config["head"], config["groups"]
+    mixed = inner + 2 * groups * state  # what the convolution sees: x, B and C
+    return {"H": heads, "P": config["head"], "N": state, "G": groups, "D": mixed, "K": taps}
 
 
 def cases_of(config: Mapping[str, Any], seeds: Sequence[int], scans: int) -> list[Case]:
     state = config["expand"] * config["width"] * config["state"]
     least, most = LONG
-    long = int(min(max(WORK / (2 * state * len(seeds) * scans), least), most)) | 1
+    long = int(min(max(WORK / (2 * state * len(seeds) * max(1, scans)), least), most)) | 1
     cases = []
     for seed in seeds:
         cases += [Case(length, 2, False, seed) for length in SHORT]
@@ -160,30 +166,30 @@ def cases_of(config: Mapping[str, Any], seeds: Sequence[int], scans: int) -> lis
     return cases
 
 
-def parts_of(backend: OrtBackend, scan: Scan) -> list[str]:
+def parts_of(backend: OrtBackend, subject: Subject) -> list[str]:
     """The forms to judge: first what the backend takes, then, where that is the library, the body behind it."""
     try:
-        backend.options(scan.used).get_session_config_entry(REGISTERED)
+        backend.options(subject.used).get_session_config_entry(REGISTERED)
     except RuntimeError:  # no such entry: the library was not built, or is not for this backend
         return [BODY]
-    return [LIBRARY] if scan.body is None else [LIBRARY, BODY]
+    return [LIBRARY] if subject.body is None else [LIBRARY, BODY]
 
 
-def without_library(backend: OrtBackend, scan: Scan, content: bytes) -> InferenceSession:
+def without_library(backend: OrtBackend, subject: Subject, content: bytes) -> InferenceSession:
     from onnxruntime import InferenceSession
 
     options = session_options(backend.bundle.path, backend.threads, native=False)
-    with engine_errors(f"the function body of {scan.name}"):
+    with engine_errors(f"the function body of {subject.name}"):
         return InferenceSession(content, options, providers=[backend.provider_options()])
 
 
-def one_node(scan: Scan, dtype: str) -> bytes:
-    """A model of the scan alone. It takes and gives float32, whatever the scan does: numpy has no bfloat16."""
+def one_node(subject: Subject, dtype: str) -> bytes:
+    """A model of it alone. It takes and gives float32, whatever the operator does: numpy has no bfloat16."""
     from onnx import NodeProto, TensorProto, helper
 
     from mdm.plugins.functions import TYPES as NUMBERS
 
-    present = scan.operator.present(scan.has)
+    present = subject.operator.present(subject.has)
     infos = [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, list(spec.dims)) for spec in present]
     casts = [
         helper.make_node("Cast", [spec.name], [f"{spec.name}_"], to=NUMBERS[dtype])
@@ -191,17 +197,17 @@ def one_node(scan: Scan, dtype: str) -> bytes:
         if spec.activation
     ]
     node = NodeProto()
-    node.CopyFrom(scan.node)
+    node.CopyFrom(subject.node)
     node.ClearField("input")
     node.ClearField("output")
     node.input.extend(f"{spec.name}_" if spec.activation else spec.name for spec in present)
     node.output.append("y_")
     back = helper.make_node("Cast", ["y_"], ["y"], to=TensorProto.FLOAT)
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, list(present[0].dims))
-    graph = helper.make_graph([*casts, node, back], "scan", infos, [y])
+    graph = helper.make_graph([*casts, node, back], subject.operator.torch_name, infos, [y])
     model = helper.make_model(
-        graph, functions=[] if scan.body is None else [scan.body],
-        opset_imports=scan.model.opset_import, ir_version=scan.model.ir_version,
+        graph, functions=[] if subject.body is None else [subject.body],
+        opset_imports=subject.model.opset_import, ir_version=subject.model.ir_version,
     )  # fmt: skip
     content: bytes = model.SerializeToString()
     return content
@@ -210,22 +216,21 @@ def one_node(scan: Scan, dtype: str) -> bytes:
 # ------------------------------------------------------------------------------------------------ inputs and truth
 
 
-def drawn(scan: Scan, sizes: Mapping[str, int], dtype: str, case: Case) -> dict[str, Array]:
+def drawn(subject: Subject, sizes: Mapping[str, int], dtype: str, case: Case) -> dict[str, Array]:
     """Inputs as in a trained model, as float32 that `dtype` holds.
 
     With long decay the state keeps a tenth or more of what went in over a thousand tokens.
     """
     rng = np.random.default_rng([case.seed, case.length, case.long_decay])
-    step, bias = scan.operator.inputs[1].name, scan.operator.optional[2].name
     values: dict[str, Array] = {}
-    for spec in scan.operator.present(scan.has):
+    for spec in subject.operator.present(subject.has):
         value: Array = rng.standard_normal([sizes[letter] for letter in spec.dims])
         if spec.name == "A":
             value = -rng.uniform(0.01, 1, value.shape) if case.long_decay else -rng.uniform(1, 16, value.shape)
-        elif spec.name == step:  # before softplus: steps of 0.001 to 0.1 where new models begin, and about them
+        elif spec.name in STEPS:  # before softplus: 0.001 to 0.1 after it, where new models begin, and about them
             usual = 10 ** rng.uniform(-3, -2.5 if case.long_decay else -1, value.shape[-1])
             value = np.log(np.expm1(usual)) + value / 2
-        elif spec.name == bias:
+        elif spec.name.endswith("bias") or spec.name == "weight":
             value = value / 2
         elif spec.name == "D":
             value = 1 + value / 2
@@ -247,8 +252,22 @@ def rounded(x: Array, dtype: str) -> Array:
     return (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
+def definition(operator: Operator, values: Mapping[str, Array], kind: type[np.floating[Any]]) -> Array:
+    """What the operator is, all of it in numbers of that kind."""
+    return convolution(values, kind) if operator is SHORT_CONV else recurrence(operator, values, kind)
+
+
+def convolution(values: Mapping[str, Array], kind: type[np.floating[Any]]) -> Array:
+    """silu(bias + sum over k of weight[:,k] x_{t-K+1+k})"""
+    x, weight = values["x"].astype(kind), values["weight"].astype(kind)
+    total = np.zeros_like(x) + values.get("bias", np.float32(0)).astype(kind)  # [B,L,D]
+    for back in range(min(x.shape[1], weight.shape[1])):
+        total[:, back:] += weight[:, -1 - back] * x[:, : x.shape[1] - back]
+    return total / (1 + np.exp(-total))
+
+
 def recurrence(operator: Operator, values: Mapping[str, Array], kind: type[np.floating[Any]]) -> Array:
-    """The definition, one token after another, all of it in numbers of that kind.
+    """A scan, one token after another.
 
     state = exp(step A) state + step x B;  y = (C state + D x) silu(z);  step = softplus(step + bias) mask
     """
@@ -257,7 +276,7 @@ def recurrence(operator: Operator, values: Mapping[str, Array], kind: type[np.fl
     step = np.logaddexp(kind(0), step if bias is None else step + bias)
     if mask is not None:
         step = step * mask[:, :, None]
-    # Both operators as one: channels [H,P] and decays [H,1,1]; Mamba-1 has P = 1 and a decay for each of N.
+    # Both scans as one: channels [H,P] and decays [H,1,1]; Mamba-1 has P = 1 and a decay for each of N.
     ssd = operator is SSD_SCAN
     x, A = (x, A[:, None, None]) if ssd else (x[..., None], A[:, None, :])  # [B,L,H,P], [H,1,1|N]
     share = x.shape[2] // Bm.shape[2]  # heads of a group

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdm.plugins.contract import DOMAIN, SELECTIVE_SCAN, SSD_SCAN
+from mdm.plugins.contract import DOMAIN, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN
 from mdm.reference.scan import selective_scan, ssd_scan
+from mdm.reference.short_conv import short_conv
 
 Function = Callable[..., Tensor | Sequence[Tensor]]
 FEW_ROWS = 32  # up to here a product is summed in plain order, see `matmul`
@@ -281,13 +282,20 @@ def selective(has: int = 0, plugin_namespace: str = "", plugin_version: str = ""
     return apply
 
 
+def silu_conv(has: int = 0, plugin_namespace: str = "", plugin_version: str = "") -> Function:
+    names = [spec.name for spec in SHORT_CONV.present(has)]
+    return lambda *values: short_conv(**dict(zip(names, values, strict=True)))
+
+
 def refuse(unknown: bool) -> None:
     """Where the exporter writes only one kind."""
     if unknown:
         raise ValueError
 
 
-OURS: dict[str, Callable[..., Function]] = {SSD_SCAN.name: ssd, SELECTIVE_SCAN.name: selective}
+OURS: dict[str, Callable[..., Function]] = {
+    SSD_SCAN.name: ssd, SELECTIVE_SCAN.name: selective, SHORT_CONV.name: silu_conv,
+}  # fmt: skip
 STANDARD: dict[str, Callable[..., Function]] = {
     "Add": plain(torch.add), "Sub": plain(torch.sub), "Mul": plain(torch.mul), "Div": plain(torch.div),
     "MatMul": plain(matmul), "Pow": plain(power), "Sqrt": plain(torch.sqrt), "Exp": plain(torch.exp),

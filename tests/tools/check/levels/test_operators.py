@@ -1,8 +1,9 @@
-"""The level of the scan operators: sound forms pass, planted faults fail, and the part that is at fault is named."""
+"""The level of the operators: sound forms pass, planted faults fail, and the part that is at fault is named."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -15,12 +16,22 @@ import numpy as np
 import onnx
 import pytest
 
-from mdm.plugins.contract import DOMAIN, SELECTIVE_SCAN, SSD_SCAN
+from mdm.plugins.contract import DOMAIN, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN
 from mdm.runtime.bundle import open_bundle
 from mdm.runtime.ort import OrtBackend
 from mdm.tools.check.finding import Array, Finding, Verdict, worst_of
 from mdm.tools.check.levels import operators
-from mdm.tools.check.levels.operators import BODY, LONG, WORK, cases_of, check_operators, parts_of, recurrence, rounded
+from mdm.tools.check.levels.operators import (
+    BODY,
+    LONG,
+    WORK,
+    cases_of,
+    check_operators,
+    convolution,
+    parts_of,
+    recurrence,
+    rounded,
+)  # fmt: skip
 from mdm.tools.check.limits import Multiples
 
 MULTIPLES = Multiples()
@@ -70,23 +81,26 @@ def test_twenty_seeds_pass(
 ) -> None:
     found = list(check_operators(backend_of(bundle(name)), MULTIPLES, range(20)))
     assert {one.verdict for one in found} == {Verdict.PASS}
-    for part in verdicts(found):
-        used = max(one.used or 0 for one in found if one.part == part)
-        figure(f"operators, {name}, {part}: share of the limit, 20 seeds", used, 0.8)
-    subject = "MambaSelectiveScan (D, z, delta_bias)" if name == "selective" else "MambaSsdScan (D, z, dt_bias, mask)"
-    assert {one.subject for one in found} == {subject}
-    assert len(found) == 20 * 5 * len(verdicts(found))
+    scan = "MambaSelectiveScan (D, z, delta_bias)" if name == "selective" else "MambaSsdScan (D, z, dt_bias, mask)"
+    cases = {scan: 5, "MambaShortConv (bias)": 4}  # of a seed; a convolution has no long decay
+    assert {one.subject for one in found} == set(cases)
+    for subject, part in itertools.product(cases, verdicts(found)):
+        used = [one.used or 0 for one in found if (one.subject, one.part) == (subject, part)]
+        assert len(used) == 20 * cases[subject]
+        figure(f"{subject}, {name}, {part}: share of the limit, 20 seeds", max(used), 0.8)
 
 
 class Faulty(OrtBackend):
-    """A backend whose scan sees one input as something else."""
+    """A backend one of whose operators sees one input as something else."""
 
-    def __init__(self, folder: Path, name: str, change: Callable[[Array], Array]) -> None:
+    def __init__(self, folder: Path, operator: str, name: str, change: Callable[[Array], Array]) -> None:
         super().__init__(open_bundle(folder), threads=1)
-        self.input, self.change = name, change
+        self.operator, self.input, self.change = operator, name, change
 
-    def session(self, *given: Any) -> Any:
-        true, change, name = super().session(*given), self.change, self.input
+    def session(self, content: bytes, subject: str, operators: Any) -> Any:
+        true, change, name = super().session(content, subject, operators), self.change, self.input
+        if not subject.startswith(self.operator):
+            return true
 
         class Session:
             def run(self, wanted: Any, inputs: dict[str, Array]) -> Any:
@@ -108,14 +122,26 @@ FAULTS: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "the last token sees no input": ("x", lambda x: np.concatenate([x[:, :-1], 0 * x[:, -1:]], axis=1)),
     "the result is not finite": ("z", lambda z: np.full_like(z, np.nan)),
 }
+CONV_FAULTS: dict[str, tuple[str, Callable[[Array], Array]]] = {
+    "taps are turned": ("weight", lambda weight: weight[:, ::-1]),
+    "the convolution's bias is forgotten": ("bias", np.zeros_like),
+    "channels are shifted": ("weight", lambda weight: np.roll(weight, 1, axis=0)),
+    "a token sees the next one": ("x", lambda x: np.roll(x, -1, axis=1)),
+    "a tap is off by a thousandth": ("weight", lambda weight: weight * [1, 1.001, 1, 1]),
+}
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_of_the_backend_fails(name: str, bundle: Callable[[str], Path]) -> None:
-    backend = Faulty(bundle("ssd"), *FAULTS[name])
+@pytest.mark.parametrize(
+    ("operator", "fault"),
+    [*((SSD_SCAN.name, fault) for fault in FAULTS), *((SHORT_CONV.name, fault) for fault in CONV_FAULTS)],
+)
+def test_a_fault_of_the_backend_fails(operator: str, fault: str, bundle: Callable[[str], Path]) -> None:
+    backend = Faulty(bundle("ssd"), operator, *(FAULTS | CONV_FAULTS)[fault])
     found = list(check_operators(backend, MULTIPLES, [0]))
-    first, *others = parts_of(backend, operators.scans_of(backend.bundle)[0])
-    assert verdicts(found) == {first: Verdict.FAIL, **dict.fromkeys(others, Verdict.PASS)}
+    first, *others = parts_of(backend, operators.subjects_of(backend.bundle)[0])
+    its = [one for one in found if one.subject.startswith(operator)]
+    assert verdicts(its) == {first: Verdict.FAIL, **dict.fromkeys(others, Verdict.PASS)}
+    assert {one.verdict for one in found if one not in its} == {Verdict.PASS}
     said = next(one.said for one in found if one.verdict is Verdict.FAIL)
     assert said.startswith("y[")
     assert ", expected " in said
@@ -155,9 +181,9 @@ def test_a_body_that_does_not_load_fails(bundle: Callable[[str], Path], tmp_path
         return model.SerializeToString()
 
     found = list(check_operators(backend_of(spoiled(bundle("ssd"), tmp_path / "b", unknown)), MULTIPLES, [0]))
-    (fault,) = (one for one in found if one.verdict is Verdict.FAIL)
-    assert fault.part == BODY
-    assert "NoSuchOperator" in fault.said
+    faults = [one for one in found if one.verdict is Verdict.FAIL]
+    assert len(faults) == 2  # scan and convolution
+    assert all(fault.part == BODY and "NoSuchOperator" in fault.said for fault in faults)
 
 
 def test_a_body_of_each_kind_is_checked(bundle: Callable[[str], Path], tmp_path: Path) -> None:
@@ -174,7 +200,7 @@ def test_a_body_of_each_kind_is_checked(bundle: Callable[[str], Path], tmp_path:
         return model.SerializeToString()
 
     backend = backend_of(spoiled(bundle("selective"), tmp_path / "b", only_first))
-    assert len(operators.scans_of(backend.bundle)) == 2
+    assert len(operators.subjects_of(backend.bundle)) == 3  # the scan, and two convolutions
     assert verdicts(list(check_operators(backend, MULTIPLES, [0])))[BODY] is Verdict.FAIL
 
 
@@ -208,6 +234,14 @@ def test_two_tokens_by_hand() -> None:
 
     masked = recurrence(SSD_SCAN, values | {"mask": np.array([[1.0, 0.0]])}, np.float64)  # the state stays as it is
     assert masked.ravel() == pytest.approx([expected[0], (-0.25 * first + 0.6 * -3) * silu[1]], abs=1e-14)
+
+
+def test_a_convolution_by_hand() -> None:
+    values = {"x": np.array([[[2.0], [-3.0]]]), "weight": np.array([[7.0, 0.5, 4.0]]), "bias": np.array([1.0])}
+    totals = np.array([1 + 4 * 2.0, 1 + 0.5 * 2 + 4 * -3.0])  # the first tap meets no token
+    assert convolution(values, np.float64).ravel() == pytest.approx(totals / (1 + np.exp(-totals)), abs=1e-14)
+    bare = convolution({name: values[name] for name in ("x", "weight")}, np.float64).ravel()
+    assert bare == pytest.approx((totals - 1) / (1 + np.exp(1 - totals)), abs=1e-14)
 
 
 def test_mamba1_of_equal_decays_is_mamba2() -> None:
@@ -245,6 +279,9 @@ def test_the_work_is_bounded(width: int, seeds: int) -> None:
     assert any(case.long_decay for case in cases)
 
 
-def test_scans_are_found_by_their_domain(bundle: Callable[[str], Path]) -> None:
-    (scan,) = operators.scans_of(open_bundle(bundle("ssd")))
-    assert (scan.operator, scan.has, scan.node.domain) == (SSD_SCAN, 15, DOMAIN)
+def test_operators_are_found_by_their_domain(bundle: Callable[[str], Path]) -> None:
+    found = operators.subjects_of(open_bundle(bundle("ssd")))
+    assert [(one.operator, one.has, one.node.domain) for one in found] == [
+        (SHORT_CONV, 1, DOMAIN),
+        (SSD_SCAN, 15, DOMAIN),
+    ]

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mdm.plugins.contract import SSD_SCAN
 from mdm.plugins.errors import InputError
-from mdm.plugins.functions import attach_functions, scan_nodes
+from mdm.plugins.functions import attach_functions, operator_nodes
 from mdm.tools.check.nodes.bisect import Bisection, Stretch
 
 from ..drawn import GRAPH, Make, maker, node_named, place
@@ -110,7 +110,7 @@ def test_another_blocks_scan_order_names_the_gather(make: Make) -> None:
 def test_a_scan_without_D_names_the_scan(make: Make) -> None:
     drawn = make()
     file = drawn.file(GRAPH)
-    for node in scan_nodes(file):  # a file holds one body for each operator
+    for node in operator_nodes(file):  # a file holds one body for each operator
         has = next(attribute for attribute in node.attribute if attribute.name == "has")
         names = [spec.name for spec in SSD_SCAN.present(has.i)]
         del node.input[names.index("D")]

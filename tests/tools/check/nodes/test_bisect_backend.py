@@ -78,8 +78,8 @@ def test_what_goes_wrong_only_together_names_the_part(make: Make) -> None:
     drawn = make()
 
     def run(model: ModelProto, feeds: dict[str, Array], wanted: list[str]) -> list[Array]:
-        fused = {"Sigmoid", "Conv"} <= {node.op_type for node in model.graph.node}
-        wrong = "backbone.blocks.1.mixers.0.silu.Mul"
+        fused = {"MambaShortConv", "MambaSsdScan"} <= {node.op_type for node in model.graph.node}
+        wrong = "backbone.blocks.1.mixers.0.conv1d.conv"
         return drawn.run(bent(model, lambda node: fused and node.name == wrong), feeds, wanted)
 
     _, divergence = place(drawn, run=run)
@@ -93,7 +93,7 @@ def test_what_goes_wrong_only_as_a_whole_names_the_place(make: Make) -> None:
     count = len(drawn.file(GRAPH).graph.node)
 
     def run(model: ModelProto, feeds: dict[str, Array], wanted: list[str]) -> list[Array]:
-        whole, wrong = len(model.graph.node) >= count, "backbone.blocks.1.mixers.0.silu.Mul"
+        whole, wrong = len(model.graph.node) >= count, "backbone.blocks.1.mixers.0.conv1d.conv"
         return drawn.run(bent(model, lambda node: whole and node.name == wrong), feeds, wanted)
 
     errors, divergence = place(drawn, run=run)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
-from mdm.plugins.contract import OPERATORS as SCANS
-from mdm.plugins.contract import SELECTIVE_SCAN, SSD_SCAN
+from mdm.plugins.contract import OPERATORS as OURS
+from mdm.plugins.contract import SSD_SCAN
 from mdm.plugins.errors import InputError
-from mdm.plugins.functions import scan_model
+from mdm.plugins.functions import operator_model
 from mdm.reference import load_config
 from mdm.reference.checkpoint import build_model
 from mdm.tools.check.finding import Array, difference
@@ -153,15 +153,17 @@ def test_an_operator_is_onnx_runtimes(op: str, inputs: list[Array | None], attri
 
 def test_every_operator_has_a_case() -> None:
     written = {op for op, _, _ in CASES} - {"Cast"}
-    assert {("", op) for op in written} | {("mdm", name) for name in SCANS} == set(OPERATORS)
+    assert {("", op) for op in written} | {("mdm", name) for name in OURS} == set(OPERATORS)
 
 
-@pytest.mark.parametrize("has", range(16))
-@pytest.mark.parametrize("operator", [SSD_SCAN, SELECTIVE_SCAN], ids=lambda o: o.name)
-def test_a_scan_has_the_inputs_that_has_says(operator: Any, has: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("operator", "has"), [(operator, has) for operator in OURS.values() for has in range(operator.has_all + 1)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)  # fmt: skip
+def test_one_of_ours_has_the_inputs_that_has_says(operator: Any, has: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = {"chunk_size": 16} if operator is SSD_SCAN else {}
-    model = scan_model(operator, has, plugin_namespace="mdm", plugin_version="1", **chunk)
-    sizes = {"B": 2, "L": 37, "D": 6, "H": 3, "P": 2, "N": 4, "G": 1}
+    model = operator_model(operator, has, plugin_namespace="mdm", plugin_version="1", **chunk)
+    sizes = {"B": 2, "L": 37, "D": 6, "H": 3, "P": 2, "N": 4, "G": 1, "K": 4}
     draw_ = np.random.default_rng(has)
     values = []
     for spec in operator.present(has):
