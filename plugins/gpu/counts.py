@@ -1,11 +1,12 @@
-"""What a scan must take of a GPU, what a plan takes of it, and how long a chip needs for that at least.
+"""What an operator must take of a GPU, what a plan takes of it, and how long a chip needs for that at least.
 
     seconds, binding = least_time(floor(SSD_SCAN, "bfloat16", sizes, has), CHIPS["H200"])
     work = done(choose(SSD_SCAN, "bfloat16", sizes, has, 132, (9, 0)))
 
 The floor is any program's: each present input is read once and y written once; Mamba-2 multiplies into and out of each
 state, 2 N P a token and head; Mamba-1 takes, for each token, channel and state, one exponential and four operations
-(scale the rate, let in, decay and add, read out); softplus and silu take one special result each.
+(scale the rate, let in, decay and add, read out); the convolution takes an operation for each tap; softplus and silu
+take one special result each.
 
 What a plan does is counted from the kernels' sources, launch by launch: whole tiles, also where a sequence or a group
 ends within one. An operation is a multiplication with the addition behind it, or either alone. Not counted: float64
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from mdm.plugins.contract import SELECTIVE_SCAN, Operator
+from mdm.plugins.contract import SELECTIVE_SCAN, SHORT_CONV, Operator
 from mdm.plugins.gpu.variants import HAS_START, Launch, Plan
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -31,6 +32,7 @@ STEP = 11  # operations of a step: bias, softplus and its series, mask
 STEP_SPECIALS = 2  # of a step: an exponential and a division
 GATE = 4  # operations of an element's gate
 GATE_SPECIALS = 2
+SILU = 3  # operations of silu alone; as many specials as a gate
 PER_PAIR = 6  # operations of Mamba-2 for each pair of a chunk's tokens: the decay between them, and their weight
 
 
@@ -122,8 +124,7 @@ def least_time(work: Work, chip: Chip) -> tuple[float, str]:
 
 
 def floor(operator: Operator, dtype: str, sizes: Mapping[str, int], has: int) -> Work:
-    """What any program must take for a scan of these sizes (the contract's letters)."""
-    B, L, N = (sizes[letter] for letter in "BLN")
+    """What any program must take for a node of these sizes (the contract's letters)."""
     elements = prod(sizes[letter] for letter in operator.inputs[0].dims)
     if not elements:
         return Work()
@@ -131,6 +132,10 @@ def floor(operator: Operator, dtype: str, sizes: Mapping[str, int], has: int) ->
         prod(sizes[letter] for letter in spec.dims) * BYTES[dtype if spec.activation else "float32"]
         for spec in operator.present(has)
     )
+    written = elements * BYTES[dtype]
+    if operator is SHORT_CONV:
+        return Work(read, written, read, operations=elements * (sizes["K"] + SILU), specials=elements)
+    B, L, N = (sizes[letter] for letter in "BLN")
     skip, gated = has & 1, has >> 1 & 1
     operations, specials, products = elements * (skip + gated), elements * gated, 0
     if operator is SELECTIVE_SCAN:
@@ -141,7 +146,7 @@ def floor(operator: Operator, dtype: str, sizes: Mapping[str, int], has: int) ->
         specials += 2 * B * L * sizes["H"]
     if dtype == "float32":
         operations, products = operations + products, 0
-    return Work(read, elements * BYTES[dtype], read, products, operations, specials)
+    return Work(read, written, read, products, operations, specials)
 
 
 def done(plan: Plan) -> Work:
@@ -232,6 +237,23 @@ def _selective_segment_states(launch: Launch, size: int) -> Work:
     )
 
 
+def _short_conv(launch: Launch, size: int) -> Work:
+    n, biased = launch.numbers, launch.numbers["has"] & 1
+    B, L, D = n["B"], n["L"], n["D"]
+    K, W, T = (launch.variant.constants[name] for name in "KWT")
+    blocks, tiles, _ = launch.grid
+    seen = sum(min(tiles * T - back, L) for back in range(K))  # rows that the taps load, those past the end among them
+    padded = B * blocks * W * tiles * T
+    parameters = 4 * D * (K + biased)
+    return Work(
+        read=size * B * L * D + parameters,
+        written=size * B * L * D,
+        loaded=size * B * D * seen + B * tiles * parameters,
+        operations=padded * (K + SILU),
+        specials=padded * GATE_SPECIALS,
+    )
+
+
 def _carry_states(launch: Launch, size: int) -> Work:
     n, BLOCK = launch.numbers, launch.variant.constants["BLOCK"]
     B, segments, states = n["B"], n["segments"], n["size"]
@@ -263,5 +285,6 @@ COUNTS: dict[str, Callable[[Launch, int], Work]] = {
     "ssd_segment_states": _ssd_segment_states,
     "selective_scan": _selective_scan,
     "selective_segment_states": _selective_segment_states,
+    "short_conv": _short_conv,
     "carry_states": _carry_states,
 }

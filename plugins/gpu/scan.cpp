@@ -19,7 +19,8 @@ constexpr int kMostMultiprocessors = 192;
 std::int64_t quotient(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 const char* name_of(const Problem& problem) {
-  return problem.scan == Operator::kSsdScan ? "MambaSsdScan" : "MambaSelectiveScan";
+  constexpr const char* names[] = {"MambaSelectiveScan", "MambaSsdScan", "MambaShortConv"};
+  return names[static_cast<int>(problem.scan)];
 }
 
 // One size of a grid. "R/W*G" is read from left to right, and a quotient is rounded up.
@@ -164,13 +165,43 @@ void choose_selective(const Pack& pack, const Problem& in, const Gpu& gpu, Plan&
   }
 }
 
+void choose_conv(const Pack& pack, const Problem& in, const Gpu&, Plan& plan) {
+  if (find(pack, "short_conv", in.dtype, {{"K", in.K}}).empty()) {
+    no_kernel(in, "K = " + std::to_string(in.K), "one of 2, 3, 4");
+  }
+  if (in.D % 16) no_kernel(in, "D = " + std::to_string(in.D), "a multiple of 16");
+  if (in.B * in.L * in.D == 0) return;
+  require_room(in, in.D);
+  const Numbers numbers{{"B", in.B}, {"L", in.L}, {"D", in.D}, {"has", in.has}};
+  plan.launches.push_back(launch_of(only(pack, "short_conv", in.dtype, {{"K", in.K}}), numbers));
+}
+
+// An operator: its required inputs, its optional ones by the bits of `has`, and how it is chosen.
+struct Row {
+  std::vector<const char*> required, optional;
+  void (*choose)(const Pack&, const Problem&, const Gpu&, Plan&);
+};
+
+const Row& row_of(Operator scan) {
+  static const Row rows[] = {
+      {{"u", "delta", "A", "Bm", "C"}, {"D", "z", "delta_bias", "mask"}, choose_selective},
+      {{"x", "dt", "A", "Bm", "C"}, {"D", "z", "dt_bias", "mask"}, choose_ssd},
+      {{"x", "weight"}, {"bias"}, choose_conv},
+  };
+  return rows[static_cast<int>(scan)];
+}
+
 }  // namespace
 
 Plan choose(const Pack& pack, const Problem& problem, Gpu gpu) {
-  const bool ssd = problem.scan == Operator::kSsdScan;
-  if (problem.has > 15) {
+  const Row& row = row_of(problem.scan);
+  if (problem.has >> row.optional.size()) {
+    std::string bits;
+    for (std::size_t i = 0; i < row.optional.size(); ++i) {
+      bits += (i ? ", " : "") + std::to_string(1 << i) + " (" + row.optional[i] + ")";
+    }
     throw Error(std::string(name_of(problem)) + ": attribute 'has' is " + std::to_string(problem.has) +
-                ", expected a sum of 1 (D), 2 (z), 4 (bias), 8 (mask)");
+                ", expected a sum of " + bits);
   }
   if (problem.dtype != "float32" && problem.dtype != "float16" && problem.dtype != "bfloat16") {
     throw Error(std::string(name_of(problem)) + ": no GPU kernel for activations of type '" + problem.dtype +
@@ -178,16 +209,11 @@ Plan choose(const Pack& pack, const Problem& problem, Gpu gpu) {
   }
   gpu.multiprocessors = std::min(gpu.multiprocessors, kMostMultiprocessors);
   Plan plan;
-  (ssd ? choose_ssd : choose_selective)(pack, problem, gpu, plan);
+  row.choose(pack, problem, gpu, plan);
   if (plan.launches.empty()) return plan;
-  if (ssd) {
-    plan.pointers = {"x", "dt", "A", "Bm", "C"};
-  } else {
-    plan.pointers = {"u", "delta", "A", "Bm", "C"};
-  }
-  const char* optional[] = {"D", "z", ssd ? "dt_bias" : "delta_bias", "mask"};
-  for (int i = 0; i < 4; ++i) {
-    if (problem.has >> i & 1) plan.pointers.push_back(optional[i]);
+  plan.pointers.assign(row.required.begin(), row.required.end());
+  for (std::size_t i = 0; i < row.optional.size(); ++i) {
+    if (problem.has >> i & 1) plan.pointers.push_back(row.optional[i]);
   }
   plan.pointers.push_back("y");
   return plan;

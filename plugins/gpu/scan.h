@@ -1,4 +1,4 @@
-// The two scan operators on the current GPU, for TensorRT's plugins: what variants.py chooses and scan.py runs.
+// Our operators on the current GPU, for TensorRT's plugins: what variants.py chooses and scan.py runs.
 //
 //     mdm::gpu::Scans scans(path);
 //     mdm::gpu::Plan plan = scans.plan(problem);                       // loads its kernels
@@ -18,13 +18,13 @@
 
 namespace mdm::gpu {
 
-enum class Operator { kSelectiveScan, kSsdScan };
+enum class Operator { kSelectiveScan, kSsdScan, kShortConv };
 
-// Letters as in the contract. kSelectiveScan has D channels; kSsdScan has H heads of width P.
+// Letters as in the contract, 0 where the operator has no such size.
 struct Problem {
   Operator scan;
   std::string dtype;  // of the activations: float32, float16, bfloat16
-  std::int64_t B, L, D, H, P, G, N;
+  std::int64_t B, L, D, H, P, G, N, K;
   std::uint32_t has;
 };
 

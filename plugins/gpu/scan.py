@@ -1,4 +1,4 @@
-"""The two scan operators on one GPU, by the kernels of a pack.
+"""Our operators on one GPU, by the kernels of a pack.
 
     scans = Scans(Kernels(Pack.open(SHIPPED), Device(Driver())))
     plan = scans.plan(SSD_SCAN, "bfloat16", sizes, has)                     # loads its kernels
@@ -22,7 +22,7 @@ class Scans:
         self.kernels = kernels
 
     def plan(self, operator: Operator, dtype: str, sizes: Mapping[str, int], has: int) -> Plan:
-        """How a scan of these sizes (the contract's letters) runs on this GPU."""
+        """How a node of these sizes (the contract's letters) runs on this GPU."""
         device = self.kernels.device
         plan = choose(operator, dtype, sizes, has, device.multiprocessors, device.capability)
         self.kernels.prepare(launch.variant for launch in plan.launches)

@@ -14,6 +14,9 @@ How a scan is laid over a GPU:
   launches (see common.py). They read x, B and the steps twice, and take a quarter more operations for Mamba-2 and 70%
   more for Mamba-1: worth it from twice the programs on.
 
+The short convolution is one launch, with a program for T tokens of W channels. What else could be joined to a scan is
+left apart, since counting says that it does not pay (see BENCHMARKS.md).
+
 Letters as in the contract; W width of a block, Q tokens of a chunk.
 """
 
@@ -25,7 +28,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 
-from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SSD_SCAN, Operator
+from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN, Operator
 from mdm.plugins.errors import InputError
 
 # name, type, divisor (of a pointer in bytes). T is the type of the activations.
@@ -88,9 +91,10 @@ def _arguments(activations: str, floats: str, integers: Mapping[str, int]) -> di
     return pointers | {name: (name, "i32", divisor) for name, divisor in integers.items()}
 
 
-_FLOATS = "A D dt_bias delta_bias mask states step_sums"
+_FLOATS = "A D dt_bias delta_bias mask states step_sums weight bias"
 _SSD = _arguments("x dt Bm C z y", _FLOATS, {"L": 1, "H": 1, "P": 16, "G": 1, "segment": 16, "has": 1})
 _SELECTIVE = _arguments("u delta Bm C z y", _FLOATS, {"L": 1, "R": 16, "G": 1, "segment": 16, "has": 1})
+_CONV = _arguments("x y", _FLOATS, {"L": 1, "D": 16, "has": 1})
 _CARRY = _arguments("", _FLOATS, {"segments": 1, "size": 16, "per_step": 1, "per_A": 1})
 
 
@@ -123,6 +127,7 @@ KERNELS = {
         "selective", _SELECTIVE, "u delta A Bm delta_bias mask states step_sums L R G segment has",
         "R/W*G", "segments", "B",
     ),
+    "short_conv": _kernel("conv", _CONV, "x weight bias y L D has", "D/W", "L/T", "B"),
     "carry_states": _kernel(
         "common", _CARRY, "states step_sums A segments size per_step per_A", "size/BLOCK", "B", "1"
     ),
@@ -132,6 +137,7 @@ ALIGN = 256  # bytes: what TensorRT and CUDA give, and more than a kernel asks f
 HAS_START = 16  # in `has`, behind the contract's bits
 SSD_STATES = (16, 32, 64, 128)
 SELECTIVE_STATES = (16,)
+CONV_TAPS = (2, 3, 4)
 UNIT = 64  # tokens: segments are whole numbers of them
 # Segments shorter than this cost more in launches and start states than they gain.
 SHORTEST = 4 * UNIT
@@ -154,6 +160,10 @@ def ssd_states_variant(dtype: str, N: int) -> Variant:
 
 def selective_variant(kernel: str, dtype: str, N: int) -> Variant:
     return Variant(kernel, dtype, {"N": N, "S": 4, "W": 32, "Q": 16}, 4, 2)
+
+
+def conv_variant(dtype: str, K: int) -> Variant:
+    return Variant("short_conv", dtype, {"K": K, "W": 128, "T": 16}, 4, 1)
 
 
 def ssd_widths(dtype: str, N: int) -> tuple[int, ...]:
@@ -185,6 +195,7 @@ def variants() -> Iterator[Variant]:
             for W in ssd_widths(dtype, N):
                 yield from (ssd_variant(dtype, N, W, Q) for Q in sorted(chunks))
             yield ssd_states_variant(dtype, N)
+        yield from (conv_variant(dtype, K) for K in CONV_TAPS)
         for N in SELECTIVE_STATES:
             yield from (selective_variant(f"selective_{part}", dtype, N) for part in ("scan", "segment_states"))
     yield CARRY
@@ -209,12 +220,16 @@ def choose(
             f"expected one of: {', '.join(ACTIVATIONS)}"
         )
     multiprocessors = min(multiprocessors, MOST_MULTIPROCESSORS)
+    if operator is SHORT_CONV:
+        return _choose_conv(dtype, sizes, has)
     return (_choose_ssd if operator is SSD_SCAN else _choose_selective)(dtype, sizes, has, multiprocessors, capability)
 
 
 def workspace_limit(operator: Operator, dtype: str, N: int) -> int:
     """Bytes that no plan's workspace exceeds, whatever the other sizes and the GPU: a sequence is cut into no more
     programs than two for each multiprocessor, and each has the states and steps of one narrow block."""
+    if operator is SHORT_CONV:
+        return 0
     programs = 2 * MOST_MULTIPROCESSORS
     if operator is SSD_SCAN:
         width = ssd_widths(dtype, N)[0]
@@ -276,6 +291,17 @@ def _choose_selective(
         _pointers(SELECTIVE_SCAN, has, *scratch),
         scratch,
     )
+
+
+def _choose_conv(dtype: str, sizes: Mapping[str, int], has: int) -> Plan:
+    B, L, D, K = (sizes[letter] for letter in "BLDK")
+    _require(SHORT_CONV, "K", K, K in CONV_TAPS, f"one of {', '.join(map(str, CONV_TAPS))}")
+    _require(SHORT_CONV, "D", D, D % 16 == 0, "a multiple of 16")
+    if not B * L * D:
+        return Plan((), ())
+    _require_room(SHORT_CONV, B, L, D)
+    numbers = {"B": B, "L": L, "D": D, "has": has}
+    return Plan((Launch(conv_variant(dtype, K), numbers),), _pointers(SHORT_CONV, has))
 
 
 def _pointers(operator: Operator, has: int, *scratch: str) -> tuple[str, ...]:

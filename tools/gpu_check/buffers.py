@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mdm.plugins.gpu.variants import Plan
 from mdm.tools.bench.operator_inputs import operator_inputs
-from mdm.tools.gpu_check.cases import ALL, Case
+from mdm.tools.gpu_check.cases import Case
 
 # Under compute-sanitizer: every tensor has an allocation of its own, and memcheck sees what goes beyond it.
 ALONE = "PYTORCH_NO_CUDA_MEMORY_CACHING"
@@ -66,7 +66,7 @@ def absent_of(case: Case, device: str) -> dict[str, Guarded]:
             getattr(torch, case.dtype) if spec.activation else torch.float32,
             device,
         )
-        for spec in case.operator.present(ALL)
+        for spec in case.operator.present(case.operator.has_all)
         if spec.bit & ~case.has
     }
 

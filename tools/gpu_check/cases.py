@@ -1,4 +1,4 @@
-"""What is tried and timed: scans of the two operators, and the goals they are held to. Pure data."""
+"""What is tried and timed: nodes of our operators, and the goals they are held to. Pure data."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SSD_SCAN, Operator
-from mdm.plugins.gpu.variants import SELECTIVE_STATES, SHORTEST, SSD_STATES, Plan, choose
+from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN, Operator
+from mdm.plugins.gpu.variants import CONV_TAPS, SELECTIVE_STATES, SHORTEST, SSD_STATES, Plan, choose
 from mdm.tools.bench.operator_inputs import DECAYS
 
 BLOCK = 7  # the optional inputs of every Mamba block: D, z, bias
-ALL = 15
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,21 @@ def selective(B: int, L: int, D: int, G: int = 1) -> dict[str, int]:
     return {"B": B, "L": L, "D": D, "G": G, "N": 16}
 
 
+def conv(B: int, L: int, D: int, K: int = 4) -> dict[str, int]:
+    return {"B": B, "L": L, "D": D, "K": K}
+
+
 LENGTHS = (1, 15, 64, 70, 333)
 LONG = (2 * SHORTEST, 2 * SHORTEST + 1, 3 * SHORTEST - 7, 4 * SHORTEST + 188)  # these may be cut into segments
 
 
 def named() -> list[Case]:
     """The sizes that are timed, with every optional input; those with a goal also as they are timed."""
-    return [goal.case for goal in GOALS] + [dataclasses.replace(case, has=ALL) for case in TIMED]
+    return [goal.case for goal in GOALS] + [dataclasses.replace(case, has=case.operator.has_all) for case in TIMED]
 
 
 def small(count: int | None = None) -> list[Case]:
-    """Every type, state size and `has`, once short and once long, the rest at random; or some of these."""
+    """Every type, state, number of taps and `has`, once short and once long, the rest at random; or some of them."""
     rng = random.Random(0)
     kinds = [(SSD_SCAN, N) for N in SSD_STATES] + [(SELECTIVE_SCAN, N) for N in SELECTIVE_STATES]
     made = []
@@ -60,6 +63,9 @@ def small(count: int | None = None) -> list[Case]:
         else:
             sizes = selective(B, L, G * rng.choice((16, 48, 64, 112)), G)
         made.append(Case(operator, dtype, sizes, has, rng.choice(DECAYS)))
+    for has, lengths, dtype, K in itertools.product(range(2), (LENGTHS, LONG), ACTIVATIONS, CONV_TAPS):
+        sizes = conv(rng.choice((1, 2, 3)), rng.choice(lengths), rng.choice((16, 48, 128, 336)), K)
+        made.append(Case(SHORT_CONV, dtype, sizes, has))
     return made if count is None else rng.sample(made, min(count, len(made)))
 
 
@@ -115,4 +121,6 @@ TIMED = (
             ("float32", selective(2, 4494, 3072)),
         )
     ),
+    Case(SHORT_CONV, "bfloat16", conv(2, 1064, 4352), 1),
+    Case(SHORT_CONV, "bfloat16", conv(2, 4494, 3072, K=3), 1),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mdm.plugins.contract import SSD_SCAN
+from mdm.plugins.contract import SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN
 from mdm.plugins.errors import InputError
 from mdm.plugins.gpu.counts import CHIPS, Chip, Work, done, floor, least_time
 from mdm.plugins.gpu.variants import choose
@@ -45,9 +45,10 @@ def cells(work: Work, chip: Chip) -> tuple[str, ...]:
 
 def scan_name(case: Case) -> str:
     """ "SSD B2 L1064 H64 P64 N128 bf16"."""
-    letters = "BLHPN" if case.operator is SSD_SCAN else "BLD"
+    name, letters = NAMES[case.operator.name]
     sizes = " ".join(f"{letter}{case.sizes[letter]}" for letter in letters)
-    return f"{'SSD' if case.operator is SSD_SCAN else 'Mamba-1'} {sizes} {TYPES[case.dtype]}"
+    return f"{name} {sizes} {TYPES[case.dtype]}"
 
 
+NAMES = {SSD_SCAN.name: ("SSD", "BLHPN"), SELECTIVE_SCAN.name: ("Mamba-1", "BLD"), SHORT_CONV.name: ("conv", "BLDK")}
 TYPES: Mapping[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}

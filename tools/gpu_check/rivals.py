@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdm.plugins.contract import SSD_SCAN
+from mdm.plugins.contract import SHORT_CONV, SSD_SCAN
 from mdm.plugins.errors import EnvironmentLackError
-from mdm.reference import scan
 from mdm.tools.gpu_check.cases import COMPILED, MAMBA_SELECTIVE, MAMBA_SSD, Case
+from mdm.tools.gpu_check.verify import REFERENCES
 
 Call = Callable[[], Tensor]
 ToOurs = Callable[[Tensor], Tensor]
@@ -37,13 +37,16 @@ def calls(case: Case, given: Mapping[str, Tensor], name: str) -> list[tuple[Call
 
 
 def rivals_of(case: Case) -> tuple[str, ...]:
+    if case.operator is SHORT_CONV:
+        return (COMPILED,)
     return (MAMBA_SSD if case.operator is SSD_SCAN else MAMBA_SELECTIVE, COMPILED)
 
 
 def compiled(case: Case, given: Mapping[str, Tensor]) -> tuple[Call, ToOurs]:
     chunk = max(64, 1 << (-(-case.sizes["L"] // CHUNKS) - 1).bit_length())
-    fast = torch.compile(getattr(scan, case.operator.torch_name), dynamic=False)
-    return lambda: fast(**given, chunk_size=chunk), lambda y: y
+    fast = torch.compile(REFERENCES[case.operator.torch_name], dynamic=False)
+    how = {} if case.operator is SHORT_CONV else {"chunk_size": chunk}
+    return lambda: fast(**given, **how), lambda y: y
 
 
 def mamba_ssd(given: Mapping[str, Tensor], chunk: int) -> tuple[Call, ToOurs]:

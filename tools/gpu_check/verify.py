@@ -15,13 +15,17 @@ from mdm.plugins.errors import EnvironmentLackError, MdmError
 from mdm.plugins.gpu.pack import key_of
 from mdm.plugins.gpu.torch_launch import LIMITS
 from mdm.plugins.gpu.variants import Plan
-from mdm.reference import scan
+from mdm.reference.scan import selective_scan, ssd_scan
+from mdm.reference.short_conv import short_conv
 from mdm.tools.gpu_check.buffers import ALONE, Guarded, absent_of, inputs_of, scratch_of, tensors
 from mdm.tools.gpu_check.cases import Case, plans
 from mdm.tools.gpu_check.runners import Runner
 
 SMALL = 1 << 24  # multiply-adds up to which the CPU is through with the reference before a GPU has all its launches
 CAPTURED_EVERY = 8  # cases
+REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "ssd_scan": ssd_scan, "selective_scan": selective_scan, "short_conv": short_conv,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,11 +159,11 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 def reference(case: Case, given: Mapping[str, Tensor], device: str) -> Tensor:
     """y in float64, sample by sample: its intermediate results are large."""
     sizes = case.sizes
-    multiply_adds = prod(given[case.operator.inputs[0].name].shape) * sizes["N"]
+    multiply_adds = prod(given[case.operator.inputs[0].name].shape) * (sizes.get("N") or sizes["K"])
     where = "cpu" if multiply_adds <= SMALL else device
     exact = {name: value.to(where).double() for name, value in given.items()}
     per_sample = {spec.name for spec in case.operator.present(case.has) if spec.dims.startswith("B")}
-    function = getattr(scan, case.operator.torch_name)
+    function = REFERENCES[case.operator.torch_name]
     return torch.cat(
         [
             function(**{name: value[i : i + 1] if name in per_sample else value for name, value in exact.items()})

@@ -33,7 +33,8 @@ Inputs = dict[str, Tensor]
 
 def tensors(operator: Operator, sizes: dict[str, int], has: int, dtype: str, decay: str = "typical") -> Inputs:
     arrays = operator_inputs(operator, sizes, has, "float32", decay)
-    arrays["A"] = arrays["A"] * (0.02 if decay == "slow" else 1)
+    if decay == "slow":
+        arrays["A"] = arrays["A"] * 0.02
     activations = {spec.name for spec in operator.inputs if spec.activation}
     return {
         name: torch.from_numpy(array).to(getattr(torch, dtype) if name in activations else torch.float32).to(DEVICE)

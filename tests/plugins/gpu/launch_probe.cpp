@@ -5,7 +5,7 @@
 //     launch_probe plans PACK                                       the plan of each problem in standard input
 //     launch_probe scan PACK DRIVER                                 runs them on the fake driver, pointers all different
 //
-// A problem is a line: ssd or selective, type, B L D H P G N has, multiprocessors, major, minor.
+// A problem is a line: ssd, selective or conv, type, B L D H P G N K has, multiprocessors, major, minor.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -62,9 +62,10 @@ static std::pair<mdm::gpu::Problem, mdm::gpu::Gpu> problem_of(const std::string&
   std::string scan;
   mdm::gpu::Problem p{};
   mdm::gpu::Gpu gpu{};
-  words >> scan >> p.dtype >> p.B >> p.L >> p.D >> p.H >> p.P >> p.G >> p.N >> p.has;
+  words >> scan >> p.dtype >> p.B >> p.L >> p.D >> p.H >> p.P >> p.G >> p.N >> p.K >> p.has;
   words >> gpu.multiprocessors >> gpu.major >> gpu.minor;
-  p.scan = scan == "ssd" ? mdm::gpu::Operator::kSsdScan : mdm::gpu::Operator::kSelectiveScan;
+  using mdm::gpu::Operator;
+  p.scan = scan == "ssd" ? Operator::kSsdScan : scan == "conv" ? Operator::kShortConv : Operator::kSelectiveScan;
   return {p, gpu};
 }
 
@@ -95,7 +96,7 @@ static void scan(char** words) {
   void* driver = dlopen(words[1], RTLD_NOW);
   reinterpret_cast<int (*)(void*)>(dlsym(driver, "cuCtxPushCurrent_v2"))(reinterpret_cast<void*>(0xc0ul));
   const char* names[] = {"x",  "u", "dt", "delta",   "A",          "Bm",   "C",
-                         "D",  "z", "dt_bias",       "delta_bias", "mask", "y"};
+                         "D",  "z", "dt_bias", "delta_bias", "mask", "weight", "bias", "y"};
   mdm::gpu::Pointers pointers;
   std::uintptr_t address = 0x1000;
   for (const char* name : names) pointers.emplace_back(name, reinterpret_cast<const void*>(address += 0x1000));

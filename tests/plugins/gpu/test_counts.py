@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SSD_SCAN, Operator
+from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN, Operator
 from mdm.plugins.gpu import torch_launch
 from mdm.plugins.gpu.counts import CHIPS, Work, done, floor, least_time, least_times, work_of
 from mdm.plugins.gpu.variants import Plan, choose
@@ -119,6 +119,8 @@ SOME_SELECTIVE = {"B": 2, "L": 33, "D": 96, "G": 2, "N": 16}
         (SSD_SCAN, SOME_SSD, "bfloat16", 10, {"multiprocessors": 1}),
         (SELECTIVE_SCAN, SOME_SELECTIVE, "bfloat16", 15, {}),
         (SELECTIVE_SCAN, SOME_SELECTIVE | {"G": 1, "D": 48}, "float32", 0, {}),
+        (SHORT_CONV, {"B": 2, "L": 37, "D": 144, "K": 4}, "bfloat16", 1, {}),
+        (SHORT_CONV, {"B": 1, "L": 2, "D": 16, "K": 3}, "float32", 0, {}),
     ],
 )
 def test_a_launch_does_what_is_counted(
@@ -169,6 +171,10 @@ def test_floor_by_hand() -> None:
         read=4 * (96 + 96 + 512 + 48 + 48), written=4 * 96, loaded=4 * (96 + 96 + 512 + 48 + 48),
         operations=96 * (4 * 16 + 1), specials=96 * 17,
     )  # fmt: skip
+    conv = floor(SHORT_CONV, "float16", {"B": 1, "L": 3, "D": 32, "K": 4}, 1)
+    assert conv == Work(
+        read=2 * 96 + 4 * (128 + 32), written=2 * 96, loaded=2 * 96 + 4 * (128 + 32), operations=96 * 7, specials=96
+    )
 
 
 def test_float32_has_no_matrix_units() -> None:
@@ -201,9 +207,11 @@ SHAPES = st.fixed_dictionaries(
 def test_no_plan_beats_the_floor_and_more_takes_more(
     shape: dict[str, int], dtype: str, N: int, has: int, letter: str
 ) -> None:
-    for operator, states in ((SSD_SCAN, N), (SELECTIVE_SCAN, 16)):
+    for operator, states in ((SSD_SCAN, N), (SELECTIVE_SCAN, 16), (SHORT_CONV, 0)):
+        has &= operator.has_all
         sizes, larger = (
-            made | {"N": states, "D": made["H"] * made["P"]} for made in (shape, shape | {letter: 2 * shape[letter]})
+            made | {"N": states, "K": 4, "D": made["H"] * made["P"]}
+            for made in (shape, shape | {letter: 2 * shape[letter]})
         )
         least = floor(operator, dtype, sizes, has)
         assert_at_most(least, floor(operator, dtype, larger, has))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SSD_SCAN, Operator
+from mdm.plugins.contract import ACTIVATIONS, OPERATORS, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN, Operator
 from mdm.plugins.errors import InputError
 from mdm.plugins.gpu.driver import Device, Driver
 from mdm.plugins.gpu.launch import Kernels
@@ -23,7 +23,7 @@ from .test_launch_cpp import run
 SSD = {"B": 2, "L": 1064, "D": 0, "H": 64, "P": 64, "G": 1, "N": 128}
 CUT = SSD | {"B": 1, "L": 4000, "H": 16}
 SELECTIVE = {"B": 1, "L": 4494, "D": 1024, "H": 0, "P": 0, "G": 2, "N": 16}
-NAMES = ("x", "u", "dt", "delta", "A", "Bm", "C", "D", "z", "dt_bias", "delta_bias", "mask", "y")
+NAMES = ("x", "u", "dt", "delta", "A", "Bm", "C", "D", "z", "dt_bias", "delta_bias", "mask", "weight", "bias", "y")
 POINTERS = {name: 0x2000 + 0x1000 * place for place, name in enumerate(NAMES)}
 WORKSPACE = 0x100000
 PATTERNS = " ".join(
@@ -60,8 +60,8 @@ def launched(told: Told) -> list[dict[str, str]]:
 
 
 def line_of(operator: Operator, dtype: str, sizes: Mapping[str, int], has: int, *gpu: int) -> str:
-    scan = "ssd" if operator is SSD_SCAN else "selective"
-    return " ".join(map(str, (scan, dtype, *(sizes[letter] for letter in "BLDHPGN"), has, *gpu)))
+    scan = {SSD_SCAN.name: "ssd", SELECTIVE_SCAN.name: "selective", SHORT_CONV.name: "conv"}[operator.name]
+    return " ".join(map(str, (scan, dtype, *(sizes.get(letter, 0) for letter in "BLDHPGNK"), has, *gpu)))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,8 @@ def line_of(operator: Operator, dtype: str, sizes: Mapping[str, int], has: int, 
         (SSD_SCAN, CUT, 11, ["ssd_segment_states", "carry_states", "ssd_scan"]),
         (SELECTIVE_SCAN, SELECTIVE, 15, ["selective_segment_states", "carry_states", "selective_scan"]),
         (SELECTIVE_SCAN, SELECTIVE | {"B": 8}, 0, ["selective_scan"]),
+        (SHORT_CONV, {"B": 2, "L": 1064, "D": 4352, "K": 4}, 1, ["short_conv"]),
+        (SHORT_CONV, {"B": 2, "L": 35, "D": 1024, "K": 3}, 0, ["short_conv"]),
     ],
 )
 def test_every_pointer_goes_where_it_belongs(
@@ -91,7 +93,7 @@ def test_every_pointer_goes_where_it_belongs(
         for name, value in call.items():
             if name in scratch:
                 assert value == f"{scratch[name]:#x}"
-            elif name in POINTERS or name == "states":
+            elif (name in POINTERS or name == "states") and name not in sizes:  # the convolution's D is a size
                 assert value == f"{POINTERS[name if name in there else 'y']:#x}", name
     assert [int(call["has"]) for call in calls if "has" in call] == ([has] if len(kernels) == 1 else [has, has | 16])
 
@@ -106,13 +108,14 @@ def test_cpp_chooses_as_python_does() -> None:
     rng, pack = random.Random(0), Pack.open(SHIPPED)
     lines, expected = [], []
     for _ in range(4000):
-        operator = rng.choice([SSD_SCAN, SELECTIVE_SCAN])
+        operator = rng.choice([*OPERATORS.values()])
         groups = rng.choice([1, 1, 2, 3])
         states = SSD_STATES if operator is SSD_SCAN else SELECTIVE_STATES
         sizes = {
             "B": rng.choice([0, 1, 2, 5, 8, 70000]), "L": rng.choice([0, 1, 64, 300, 1064, 4494, 16384, 1 << 20]),
             "D": groups * rng.choice([8, 16, 100, 512, 1024, 3072]), "H": groups * rng.choice([1, 4, 16, 64, 128]),
             "P": rng.choice([16, 32, 64, 96, 128]), "G": groups, "N": rng.choice([*states, *states, 48]),
+            "K": rng.choice([2, 3, 4, 4, 5]),
         }  # fmt: skip
         dtype, has = rng.choice([*ACTIVATIONS, "float64"]), rng.choice([*range(16), 16])
         gpu = rng.choice([8, 46, 78, 132, 170, 500]), *rng.choice([(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SSD_SCAN, Operator
+from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN, Operator
 from mdm.plugins.errors import InputError
 from mdm.plugins.gpu.variants import (
     HAS_START,
@@ -29,7 +29,7 @@ SELECTIVE = {"B": 2, "L": 4494, "D": 3072, "G": 1, "N": 16}
 
 
 def plan_for(operator: Operator, sizes: dict[str, int], dtype: str = "bfloat16", **gpu: Any) -> Plan:
-    return choose(operator, dtype, sizes, 15, **({"multiprocessors": 132, "capability": (9, 0)} | gpu))
+    return choose(operator, dtype, sizes, **({"has": 15, "multiprocessors": 132, "capability": (9, 0)} | gpu))
 
 
 def test_arguments_are_the_kernels_own() -> None:
@@ -50,15 +50,19 @@ def test_what_is_chosen_is_there() -> None:
         for operator, sizes in (
             (SSD_SCAN, {"B": B, "L": L, "H": heads, "P": P, "G": 1, "N": N}),
             (SELECTIVE_SCAN, {"B": B, "L": L, "D": heads * P, "G": 1, "N": 16}),
+            (SHORT_CONV, {"B": B, "L": L, "D": heads * P, "K": 2 + (B + heads) % 3}),
         ):
-            plan = plan_for(operator, sizes, dtype, capability=(major, 0))
+            plan = plan_for(operator, sizes, dtype, capability=(major, 0), has=operator.has_all)
             for launch in plan.launches:
                 assert launch.variant in known
                 used.add(known.index(launch.variant))
                 assert serves(launch.variant, (major, 0))
                 arguments = KERNELS[launch.variant.kernel].arguments
                 assert all(launch.numbers[name] % divisor == 0 for name, type_, divisor in arguments if type_ == "i32")
-            assert plan.places[""] <= workspace_limit(operator, dtype, sizes["N"])
+            assert plan.places[""] <= workspace_limit(operator, dtype, sizes.get("N", 0))
+            if operator is SHORT_CONV:
+                assert plan.launches[0].grid[1] * 16 >= L > (plan.launches[0].grid[1] - 1) * 16
+                continue
             scan = plan.launches[-1]
             assert scan.grid[1] * scan.numbers["segment"] >= L > (scan.grid[1] - 1) * scan.numbers["segment"]
             assert scan.grid[0] * scan.variant.constants["W"] >= heads * P

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdm.plugins.contract import SELECTIVE_SCAN, SSD_SCAN, Operator
+from mdm.plugins.contract import OPERATORS, SSD_SCAN, Operator
 from mdm.plugins.errors import InputError
 from mdm.plugins.gpu import torch_launch
 from mdm.plugins.gpu.torch_launch import LIMITS
@@ -25,7 +25,9 @@ from mdm.plugins.tensorrt.node import Described, Node
 from mdm.tools.bench.operator_inputs import operator_inputs
 
 GUARD = 256  # bytes behind every buffer, which nothing may touch
-MIN, OPT, MAX = ({"B": B, "L": L, "D": 64, "H": 2, "P": 32, "G": 1, "N": 16} for B, L in ((1, 3), (1, 35), (2, 70)))
+MIN, OPT, MAX = (
+    {"B": B, "L": L, "D": 64, "H": 2, "P": 32, "G": 1, "N": 16, "K": 4} for B, L in ((1, 3), (1, 35), (2, 70))
+)
 
 
 class OnCpu:
@@ -77,10 +79,10 @@ def describe(operator: Operator, sizes: Mapping[str, int], has: int, dtype: str)
 
 @pytest.mark.usefixtures("short_segments")
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("operator", [SSD_SCAN, SELECTIVE_SCAN], ids=lambda operator: operator.torch_name)
+@pytest.mark.parametrize("operator", [*OPERATORS.values()], ids=lambda operator: operator.torch_name)
 def test_a_profiles_shapes(operator: Operator, dtype: str, exact: Any, off: Any, figure: Any) -> None:
     """Smallest, usual, largest, in turn and again: right, within the workspace, and planned once a shape."""
-    has, scans, worst = 15, OnCpu(), 0.0
+    has, scans, worst = operator.has_all, OnCpu(), 0.0
     node = Node(operator, has, lambda: scans)  # type: ignore[arg-type, return-value]
     workspace = guarded(node.workspace(describe(operator, MAX, has, dtype)))
     for sizes in (MIN, OPT, MAX, OPT, MIN):
