@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mdm.plugins.contract import Operator
 from mdm.plugins.gpu import torch_launch
-from mdm.tools.bench.operator_inputs import operator_inputs
+from mdm.tools.bench.scan_inputs import scan_inputs
 
 # Of max |error| / max |value|. Half types: y is rounded once, and the operands of the products before.
 LIMITS = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}
@@ -33,7 +33,7 @@ Inputs = dict[str, Tensor]
 
 
 def tensors(operator: Operator, sizes: dict[str, int], has: int, dtype: str, decay: str = "typical") -> Inputs:
-    arrays = operator_inputs(operator, sizes, has, "float32", decay)
+    arrays = scan_inputs(operator, sizes, has, "float32", decay)
     arrays["A"] = arrays["A"] * (0.02 if decay == "slow" else 1)
     activations = {spec.name for spec in operator.inputs if spec.activation}
     return {

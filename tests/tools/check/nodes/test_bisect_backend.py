@@ -52,6 +52,8 @@ def test_whichever_node_a_backend_computes_wrongly_is_named(make: Make, number: 
     drawn = make("fp16" if number % 2 else "fp32")
     names = [name for name in float_nodes(drawn.file(GRAPH)) if name.startswith(("backbone", "to_eps", "latent"))]
     names = [name for name in names if not name.endswith(("Concat_3", "Concat_5", "Concat_6", "Concat_8"))]  # sizes
+    if number % 2:  # a hundredth in a scan's B, times its small steps, is less than float16 loses in the block
+        names = [name for name in names if not name.endswith("mixers.0.Reshape_2")]
     wrong = random.Random(number).choice(names)
 
     def run(model: ModelProto, feeds: dict[str, Array], wanted: list[str]) -> list[Array]:

@@ -1,4 +1,4 @@
-"""Random inputs for our operators, as a trained model would have them or as a test wants them."""
+"""Random inputs for the scans and the short convolution, as a trained model would have them or as a test wants them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Arrays = dict[str, NDArray[np.generic]]
 DECAYS = ("typical", "strong", "none", "zero step")
 
 
-def operator_inputs(
+def scan_inputs(
     operator: Operator,
     sizes: Mapping[str, int],
     has: int,
