@@ -219,23 +219,22 @@ def ssd(body: Body, x: Value, dt: Value, A: Value, Bm: Value, C: Value, chunk_si
 
 
 def short_conv(body: Body, dtype: int, taps: int, x: Value, weight: Value, bias: Value | None = None) -> None:
-    """Tap by tap over the padded sequence.
+    """Tap by tap over the padded sequence. ONNX's own Conv would have the channels written down, in its `group`.
 
-    With nodes that know neither the channels (as Conv's attribute `group` does) nor hold K sequences side by side.
-    ONNX Runtime needs twice the time of its Conv between transposes for it, TensorRT makes one kernel of it.
+    On ONNX Runtime's CPU it takes 1.2 to 2.5 times as long as Conv between two transposes. One Gather of all windows
+    is no faster and takes twice the memory.
     """
     u = x if dtype == TensorProto.FLOAT else body.Cast(x, to=TensorProto.FLOAT)  # [B,L,D]
     # One output for each tap, so that another K than the body's is an error.
     first = body.Split(body.Transpose(weight, perm=[1, 0]), body.ints(*[1] * taps), outputs=taps, axis=0)  # [1,D] each
     weights = [first, *(f"{first}_{k}" for k in range(1, taps))]
-    length, time = body.dim(x, 1), body.ints(1)
+    time = body.ints(1)
     seen = body.Pad(u, body.ints(taps - 1, 0), body.number(0.0), time)  # [B,K-1+L,D]
     total = body.Mul(u, weights[-1])  # [B,L,D]
     if bias is not None:
         total = body.Add(total, bias)
     for k in range(taps - 1):
-        start = body.ints(k)
-        slid = body.Slice(seen, start, body.Add(length, start), time)  # [B,L,D]
+        slid = body.Slice(seen, body.ints(k), body.ints(k + 1 - taps), time)  # [B,L,D]
         total = body.Add(total, body.Mul(slid, weights[k]))
     finish(body, body.Mul(total, body.Sigmoid(total)), x, "y")
 

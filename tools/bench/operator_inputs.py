@@ -1,4 +1,4 @@
-"""Random inputs for our operators, as a trained model would have them or as a test wants them."""
+"""Random inputs for the scans and the short convolution, as a trained model would have them or as a test wants them."""
 
 from __future__ import annotations
 

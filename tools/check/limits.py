@@ -7,7 +7,10 @@ README. Where a tensor has no floor of its own (what is copied is copied exactly
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from mdm.tools.check.finding import Difference, Limits
 
@@ -38,6 +41,17 @@ class Multiples:
     def limits_or(self, table: Limits, floor: Difference | None, dtype: str) -> Limits:
         """The table where there is no floor, or the model itself overflows in the deployed types."""
         return table if floor is None or floor.bad else self.limits(floor, dtype)
+
+
+def steadied(floors: Sequence[Difference]) -> list[Difference]:
+    """Each floor, or the median of five around it: one evaluation of a short text is too few roundings to tell, and so
+    is a tensor whose values share a factor."""
+    wide = []
+    for k, floor in enumerate(floors):
+        near = floors[max(0, k - 2) : k + 3]
+        rms, worst = (float(np.median([getattr(one, name) for one in near])) for name in ("rms", "worst"))
+        wide.append(replace(floor, rms=max(floor.rms, rms), worst=max(floor.worst, worst)))
+    return wide
 
 
 def amounts(error: Difference, limits: Limits) -> str:

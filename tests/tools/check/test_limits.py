@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mdm.tools.check.finding import Difference, difference
-from mdm.tools.check.limits import ROUNDING, TABLE, Multiples, table_limits
+from mdm.tools.check.limits import ROUNDING, TABLE, Multiples, steadied, table_limits
 
 
 def floor(rms: float, worst: float, bad: int = 0) -> Difference:
@@ -53,3 +53,12 @@ def test_no_floor_lets_zeros_pass() -> None:
     coarse = difference(truth * 1.4, truth)
     limits = Multiples().limits(coarse, "float16")
     assert limits.used(difference(np.zeros(50), truth)) > 1
+
+
+def test_floors_are_steadied() -> None:
+    floors = [floor(rms, 10 * rms) for rms in (1.0, 9.0, 1.0, 8.0, 7.0, 0.5)]
+    assert [one.rms for one in steadied(floors)] == [1, 9, 7, 8, 7, 7]
+    assert [one.worst for one in steadied(floors)] == [10, 90, 70, 80, 70, 70]
+    bad = [*floors[:2], floor(np.nan, np.nan, 3)]
+    with np.errstate(all="ignore"):
+        assert [one.bad for one in steadied(bad)] == [0, 0, 3]

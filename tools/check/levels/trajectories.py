@@ -19,7 +19,7 @@ import numpy as np
 from mdm.plugins.errors import MdmError
 from mdm.tools.check.finding import Array, Difference, Finding, Limits, Verdict, difference, worst_of
 from mdm.tools.check.levels.texts import compare_masks, tie_of, unrest_of
-from mdm.tools.check.limits import TIES, Multiples, amounts, table_limits
+from mdm.tools.check.limits import TIES, Multiples, amounts, steadied, table_limits
 from mdm.tools.check.report import Drift
 from mdm.tools.check.standards.recorded import Spread
 from mdm.tools.check.standards.standard import Deployed, Run, State, Walk
@@ -102,16 +102,6 @@ def far_or_near(finding: Finding, free: Sequence[Difference], table: Limits) -> 
         said = f"ends {free[-1].rms:.2g} off, though every evaluation is right from where it stood: a near decision"
         return replace(finding, verdict=Verdict.AMBIGUOUS, said=said, figures=end)
     return replace(finding, figures=end)
-
-
-def steadied(floors: Sequence[Difference]) -> list[Difference]:
-    """Each floor, or the median of five around it: one evaluation of a short text is too few roundings to tell."""
-    wide = []
-    for k, floor in enumerate(floors):
-        near = floors[max(0, k - 2) : k + 3]
-        rms, worst = (float(np.median([getattr(one, name) for one in near])) for name in ("rms", "worst"))
-        wide.append(replace(floor, rms=max(floor.rms, rms), worst=max(floor.worst, worst)))
-    return wide
 
 
 def mean(errors: Sequence[Difference]) -> list[float]:

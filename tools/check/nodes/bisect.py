@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mdm.plugins.errors import EngineError, EnvironmentLackError, InputError
 from mdm.tools.check.finding import Array, Difference, Limits
-from mdm.tools.check.limits import Multiples
+from mdm.tools.check.limits import Multiples, steadied
 from mdm.tools.check.nodes.evaluator import Evaluation
 from mdm.tools.check.nodes.parts import Part, parts_of
 from mdm.tools.check.nodes.replay import EQUAL, compare
@@ -167,11 +167,13 @@ class Bisection:
         for number, node in enumerate(self.drawn.nodes):
             if node.op_type in DECIDE or decided.intersection(self.drawn.reads[number]):
                 decided |= set(node.output)
-        before = "the inputs"
+        before, judged = "the inputs", [one for one in grown if one is not None]
+        floors = zip(judged, steadied([one.floor for one in judged]), strict=True)
+        limits = {one.tensor: self.multiples.limits(floor, one.dtype) for one, floor in floors}
         for part, one in zip(self.parts, grown, strict=True):
             if one is None or self.key[one.tensor] in decided:
                 continue
-            if one.used > 1:
+            if limits[one.tensor].used(one.error) > 1:
                 said = (
                     "every part alone is right, but in the whole graph the error leaves its limit "
                     f"between {before} and {one.tensor}: {self.amount(one)}"

@@ -127,7 +127,7 @@ CONV_FAULTS: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "the convolution's bias is forgotten": ("bias", np.zeros_like),
     "channels are shifted": ("weight", lambda weight: np.roll(weight, 1, axis=0)),
     "a token sees the next one": ("x", lambda x: np.roll(x, -1, axis=1)),
-    "a tap is off by a thousandth": ("weight", lambda weight: weight * [1, 1.001, 1, 1]),
+    "a tap is off by a thousandth": ("weight", lambda weight: weight * np.float32([1, 1.001, 1, 1])),
 }
 
 

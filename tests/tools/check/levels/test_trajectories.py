@@ -12,10 +12,10 @@ import pytest
 from mdm.plugins.errors import EngineError
 from mdm.runtime import solver_rules
 from mdm.runtime.model import Model
-from mdm.tools.check.finding import Array, Difference, Finding, Verdict
+from mdm.tools.check.finding import Array, Finding, Verdict
 from mdm.tools.check.levels import trajectories
 from mdm.tools.check.levels.texts import unrest_of
-from mdm.tools.check.levels.trajectories import check_run, steadied
+from mdm.tools.check.levels.trajectories import check_run
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.report import Drift
 from mdm.tools.check.standards.recorded import Spread
@@ -212,15 +212,6 @@ def test_a_run_that_ends_elsewhere_by_right_evaluations_is_ambiguous(exported: F
     alone = checked(exported("mdm"), run, astray).findings["free-running"]
     assert alone.verdict is Verdict.FAIL
     assert alone.said.startswith("after evaluation 3 of 4: off by 0.01 in the mean")
-
-
-def test_floors_are_steadied() -> None:
-    floors = [Difference(rms, 10 * rms, rms, 1.0, (), 0, 0) for rms in (1.0, 9.0, 1.0, 8.0, 7.0, 0.5)]
-    assert [one.rms for one in steadied(floors)] == [1, 9, 7, 8, 7, 7]
-    assert [one.worst for one in steadied(floors)] == [10, 90, 70, 80, 70, 70]
-    bad = [*floors[:2], Difference(np.nan, np.nan, np.nan, 1.0, (), 0, 0, 3)]
-    with np.errstate(all="ignore"):
-        assert [one.bad for one in steadied(bad)] == [0, 0, 3]
 
 
 # ----------------------------------------------------------------------------------------------------- selection

@@ -16,6 +16,7 @@ from mdm.plugins.errors import EngineError
 from mdm.tools.check.finding import Array
 from mdm.tools.check.nodes.evaluator import Evaluation
 from mdm.tools.check.nodes.submodel import Run
+from mdm.tools.check.nodes.wiring import FLOATS, Wiring
 
 from ..drawn import GRAPH, Make, maker, place
 
@@ -43,15 +44,19 @@ def bent(model: ModelProto, chosen: Callable[[NodeProto], bool]) -> ModelProto:
 
 def float_nodes(model: ModelProto) -> list[str]:
     """Nodes that compute in float from what the inputs are."""
-    skip = ("Shape", "Less", "Range", "Transpose", "Unsqueeze")
-    return [n.name for n in model.graph.node if n.op_type not in skip and not n.name.startswith(("orders", "text_t"))]
+    skip, types = ("Shape", "Less", "Range", "Transpose", "Unsqueeze"), Wiring(model).types
+    return [
+        n.name for n in model.graph.node
+        if n.op_type not in skip and not n.name.startswith(("orders", "text_t")) and types[n.output[0]] in FLOATS
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", range(16))
 def test_whichever_node_a_backend_computes_wrongly_is_named(make: Make, number: int) -> None:
     drawn = make("fp16" if number % 2 else "fp32")
     names = [name for name in float_nodes(drawn.file(GRAPH)) if name.startswith(("backbone", "to_eps", "latent"))]
-    names = [name for name in names if not name.endswith(("Concat_3", "Concat_5", "Concat_6", "Concat_8"))]  # sizes
+    if number % 2:  # a hundredth in a scan's B or C, times its small steps, is less than float16 loses in the block
+        names = [name for name in names if not name.endswith(("mixers.0.Reshape_2", "mixers.0.Reshape_3"))]
     wrong = random.Random(number).choice(names)
 
     def run(model: ModelProto, feeds: dict[str, Array], wanted: list[str]) -> list[Array]:
