@@ -13,8 +13,8 @@ from mdm.plugins.contract import DOMAIN, OPERATORS, SELECTIVE_SCAN, SHORT_CONV, 
 from mdm.plugins.errors import InputError
 from mdm.plugins.functions import TAPS, attach_functions, function_body, operator_model
 from mdm.plugins.linear_attention import use_linear_attention
-from mdm.tools.bench.ops import fixed
 from mdm.tools.bench.operator_inputs import Arrays, operator_inputs
+from mdm.tools.bench.ops import fixed
 
 every = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 SIZES = {"B": 2, "L": 70, "D": 48, "H": 6, "P": 20, "N": 24, "G": 2}
