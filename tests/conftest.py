@@ -70,6 +70,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{row.name:{width}}  {row.value:10.3g}  {row.limit:10.3g}{mark}")
 
 
+RIG = Path(__file__).parents[1] / ".venv/rig"
+
+
+@pytest.fixture(scope="session")
+def rig() -> dict[str, str]:
+    """The environment of a process that is to have TensorRT's builder: tests/rig/setup makes it."""
+    if not (RIG / "ready").is_file():
+        pytest.skip("no TensorRT builder: tests/rig/setup .venv/rig makes one")
+    return {**os.environ, "LD_LIBRARY_PATH": str(RIG / "lib"), "PYTHONPATH": str(RIG / "site")}
+
+
 # Sizes that mean different things are different numbers, so that a mixed-up axis is an error: 16 picture tokens, 12
 # latent channels, texts of 8 or 20 tokens. Pictures are 32x32, the picture world's size.
 TINY: dict[str, Any] = {

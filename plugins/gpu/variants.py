@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 from mdm.plugins.contract import ACTIVATIONS, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN, Operator
 from mdm.plugins.errors import InputError
@@ -223,6 +224,19 @@ def choose(
     if operator is SHORT_CONV:
         return _choose_conv(dtype, sizes, has)
     return (_choose_ssd if operator is SSD_SCAN else _choose_selective)(dtype, sizes, has, multiprocessors, capability)
+
+
+def check_model(config: Mapping[str, Any]) -> None:
+    """An error where a model, by its config, has an operator that no kernel serves: types are all alike in this."""
+    inner, N, G = config["expand"] * config["width"], config["state"], config.get("groups") or 1
+    tokens = {"B": 1, "L": 1, "G": G, "N": N, "K": config["conv"]}
+    if config["mixer"] == "mamba1":
+        scan, sizes, mixed = SELECTIVE_SCAN, {"D": inner}, inner
+    else:
+        P = config["head"]
+        scan, sizes, mixed = SSD_SCAN, {"H": inner // P, "P": P}, inner + 2 * G * N
+    for operator, found in ((scan, tokens | sizes), (SHORT_CONV, tokens | {"D": mixed})):
+        choose(operator, "float32", found, 0, 1, (9, 0))
 
 
 def workspace_limit(operator: Operator, dtype: str, N: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,21 +11,15 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-RIG = ROOT / ".venv/rig"
-
 
 @pytest.fixture(scope="session")
-def in_rig() -> Callable[..., list[dict[str, Any]]]:
+def in_rig(rig: dict[str, str]) -> Callable[..., list[dict[str, Any]]]:
     """in_rig(jobs, plugins=True): what TensorRT says of each model; see rig_child.py. `fails`: how the process ends."""
-    if not (RIG / "ready").is_file():
-        pytest.skip("no TensorRT builder: tests/rig/setup .venv/rig makes one")
 
     def ask(jobs: list[dict[str, Any]], plugins: bool = True, fails: str = "") -> list[dict[str, Any]]:
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(RIG / "lib"), "PYTHONPATH": str(RIG / "site")}
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("rig_child.py"))],
-            input=json.dumps({"plugins": plugins, "jobs": jobs}), text=True, capture_output=True, env=environment,
+            input=json.dumps({"plugins": plugins, "jobs": jobs}), text=True, capture_output=True, env=rig,
             check=False,
         )  # fmt: skip
         if fails:
