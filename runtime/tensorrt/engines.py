@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mdm.plugins.errors import InputError
 from mdm.plugins.gpu.pack import SHIPPED
 from mdm.runtime.bundle import ENGINES, Bundle
 from mdm.runtime.tensorrt.profiles import Profile, shapes_of
@@ -38,4 +40,23 @@ def key_of(facts: Mapping[str, Any]) -> str:
 
 
 def engine_path(bundle: Bundle, facts: Mapping[str, Any]) -> Path:
-    return bundle.path / ENGINES / f"{facts['graph']}-{key_of(facts)}.engine"
+    folder = bundle.path / ENGINES
+    if folder.is_symlink():  # a bundle is a stranger's: what is written into it stays in it
+        raise InputError(f"'{folder}' is a link, expected a folder\nremove it: engines are written into the bundle")
+    return folder / f"{facts['graph']}-{key_of(facts)}.engine"
+
+
+def timing_cache(tensorrt: str) -> Path:
+    """What TensorRT has measured on this machine. Not in a bundle: TensorRT believes what it reads there."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "mdm-deploy" / f"timing-{tensorrt}.cache"
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Whole, or not at all; a link that lies in the way is not followed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.part")
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
+        file.write(content)
+    os.replace(partial, path)
