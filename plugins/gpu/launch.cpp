@@ -117,7 +117,7 @@ struct Kernels::Loaded {
 };
 
 struct Kernels::State {
-  State(const std::string& pack_path, const std::string& library) : pack(pack_path), driver(library) {}
+  State(Pack given, const std::string& library) : pack(std::move(given)), driver(library) {}
 
   Loaded load(const Entry& entry) const {
     const int major = driver.attribute(kMajor), minor = driver.attribute(kMinor);
@@ -149,7 +149,7 @@ struct Kernels::State {
   std::map<unsigned long long, std::map<std::string, Loaded>> loaded;
 };
 
-Kernels::Kernels(const std::string& pack, const std::string& driver) : state_(new State(pack, driver)) {}
+Kernels::Kernels(Pack pack, const std::string& driver) : state_(new State(std::move(pack), driver)) {}
 Kernels::~Kernels() = default;
 
 const Kernels::Loaded& Kernels::find(const std::string& key) {

@@ -1,6 +1,6 @@
 // Runs the kernels of a pack from C++, for TensorRT's plugins: launch.py's work, with no CUDA header or library linked.
 //
-//     mdm::gpu::Kernels kernels(path);
+//     mdm::gpu::Kernels kernels{mdm::gpu::Pack(path)};
 //     kernels.prepare(key);                                     // loads; the rest only launches
 //     kernels.launch(key, {blocks, 1, 1}, {x, y, n, 0.5f}, stream);
 //
@@ -39,7 +39,7 @@ struct Value {
 class Kernels {
  public:
   // `driver` is looked up as dlopen does.
-  explicit Kernels(const std::string& pack, const std::string& driver = "libcuda.so.1");
+  explicit Kernels(Pack pack, const std::string& driver = "libcuda.so.1");
   ~Kernels();
 
   const Pack& pack() const;

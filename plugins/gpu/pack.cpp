@@ -16,9 +16,9 @@ constexpr std::uint32_t kFormat = 1;
 constexpr std::size_t kHeader = 20, kLargest = 1 << 26;
 constexpr char kRebuild[] = "install mdm-deploy again, or build the pack with: mdm plugin build";
 
-[[noreturn]] void damaged(const std::string& path, const std::string& what, const std::string& found,
+[[noreturn]] void damaged(const std::string& name, const std::string& what, const std::string& found,
                           const std::string& expected) {
-  throw Error("the kernel pack " + path + " is damaged: " + what + "\nfound " + found + ", expected " + expected +
+  throw Error("the kernel pack " + name + " is damaged: " + what + "\nfound " + found + ", expected " + expected +
               "\n" + kRebuild);
 }
 
@@ -176,36 +176,43 @@ Entry entry_of(const Json& row) {
   return entry;
 }
 
+std::vector<std::uint8_t> bytes_of(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  const std::streamoff size = file.tellg();
+  if (size >= std::streamoff{1} << 31) file.setstate(std::ios::failbit);  // a folder says that it is endless
+  std::vector<std::uint8_t> bytes(file ? static_cast<std::size_t>(size) : 0);
+  file.seekg(0);
+  file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+  if (!file) throw Error("the kernel pack " + path + " cannot be read\n" + kRebuild);
+  return bytes;
+}
+
 }  // namespace
 
-Pack::Pack(const std::string& path) : path_(path) {
-  std::ifstream file(path, std::ios::binary);
-  file.seekg(0, std::ios::end);
-  const std::streamoff end = file.tellg();
-  if (!file || end < 0) throw Error("the kernel pack " + path + " cannot be read\n" + kRebuild);
-  const auto size = static_cast<std::size_t>(end);
-  std::uint8_t header[kHeader] = {};
-  file.seekg(0);
-  file.read(reinterpret_cast<char*>(header), kHeader);
-  if (!file || std::memcmp(header, kMagic, 8) != 0) {
-    throw Error(path + " is no kernel pack\nfound another start\n" + kRebuild);
+Pack::Pack(const std::string& path) : Pack(path, bytes_of(path)) {}
+
+Pack::Pack(const std::string& name, std::vector<std::uint8_t> file) : Pack(name, file.data(), file.size()) {
+  file_ = std::move(file);
+}
+
+Pack::Pack(const std::string& name, const std::uint8_t* data, std::size_t size) : name_(name), data_(data) {
+  if (size < kHeader || std::memcmp(data, kMagic, 8) != 0) {
+    throw Error(name + " is no kernel pack\nfound another start\n" + kRebuild);
   }
-  const std::uint32_t format = number_at(header + 8), length = number_at(header + 12);
+  const std::uint32_t format = number_at(data + 8), length = number_at(data + 12);
   if (format != kFormat) {
-    throw Error("the kernel pack " + path + " has another format\nfound format " + std::to_string(format) +
+    throw Error("the kernel pack " + name + " has another format\nfound format " + std::to_string(format) +
                 ", expected " + std::to_string(kFormat) + "\nuse the pack that came with this version of mdm-deploy");
   }
   if (length > size - kHeader || length > kLargest) {
-    damaged(path, "its index", "a cut one", std::to_string(length) + " bytes");
+    damaged(name, "its index", "a cut one", std::to_string(length) + " bytes");
   }
-  std::vector<char> text(length);
-  file.read(text.data(), length);
-  if (!file || crc32(reinterpret_cast<const std::uint8_t*>(text.data()), length) != number_at(header + 16)) {
-    damaged(path, "its index", "another checksum", "that of " + std::to_string(length) + " bytes");
+  if (crc32(data + kHeader, length) != number_at(data + 16)) {
+    damaged(name, "its index", "another checksum", "that of " + std::to_string(length) + " bytes");
   }
   std::size_t offset = kHeader + length;
   try {
-    const Json index = Parser(text.data(), length).whole();
+    const Json index = Parser(reinterpret_cast<const char*>(data + kHeader), length).whole();
     for (const Json& row : index["entries"].list()) {
       Entry entry = entry_of(row);
       entry.offset = offset;
@@ -213,32 +220,28 @@ Pack::Pack(const std::string& path) : path_(path) {
       if (!entries_.emplace(entry.key, std::move(entry)).second) throw Error("the same entry twice");
     }
   } catch (const Error& error) {
-    damaged(path, "its index", error.what(), "that of format " + std::to_string(kFormat));
+    damaged(name, "its index", error.what(), "that of format " + std::to_string(kFormat));
   }
-  if (offset != size) damaged(path, "its length", std::to_string(size) + " bytes", std::to_string(offset));
+  if (offset != size) damaged(name, "its length", std::to_string(size) + " bytes", std::to_string(offset));
 }
 
 const Entry& Pack::entry(const std::string& key) const {
   const auto found = entries_.find(key);
   if (found == entries_.end()) {
-    throw Error("the kernel pack " + path_ + " has no '" + key + "'\nfound " + std::to_string(entries_.size()) +
+    throw Error("the kernel pack " + name_ + " has no '" + key + "'\nfound " + std::to_string(entries_.size()) +
                 " entries\n" + kRebuild);
   }
   return found->second;
 }
 
-std::vector<std::uint8_t> Pack::read(const Entry& entry, const std::string& name) const {
-  const Image& image = entry.images.at(name);
-  const std::string what = "'" + entry.key + "' for " + name, expected = std::to_string(image.length) + " bytes";
-  std::vector<std::uint8_t> stream(entry.packed), data(image.start + image.length);
-  std::ifstream file(path_, std::ios::binary);
-  file.seekg(static_cast<std::streamoff>(entry.offset));
-  file.read(reinterpret_cast<char*>(stream.data()), static_cast<std::streamsize>(stream.size()));
-  if (!file) damaged(path_, what, "a file that ends", expected);
-  const std::size_t found = Lzma(stream.data(), stream.size()).decode(data.data(), data.size());
-  if (found != data.size()) damaged(path_, what, "a stream of " + std::to_string(found) + " bytes", expected);
+std::vector<std::uint8_t> Pack::read(const Entry& entry, const std::string& of) const {
+  const Image& image = entry.images.at(of);
+  const std::string what = "'" + entry.key + "' for " + of, expected = std::to_string(image.length) + " bytes";
+  std::vector<std::uint8_t> data(image.start + image.length);
+  const std::size_t found = Lzma(data_ + entry.offset, entry.packed).decode(data.data(), data.size());
+  if (found != data.size()) damaged(name_, what, "a stream of " + std::to_string(found) + " bytes", expected);
   data.erase(data.begin(), data.begin() + static_cast<std::ptrdiff_t>(image.start));
-  if (crc32(data.data(), data.size()) != image.crc) damaged(path_, what, "another checksum", "that of " + expected);
+  if (crc32(data.data(), data.size()) != image.crc) damaged(name_, what, "another checksum", "that of " + expected);
   return data;
 }
 

@@ -43,12 +43,20 @@ class Pack {
   static constexpr std::size_t kMostArguments = 64;
 
   explicit Pack(const std::string& path);
+  // Of bytes that stay where they are, such as a library's own; `name` is what errors call it.
+  Pack(const std::string& name, const std::uint8_t* data, std::size_t size);
+  Pack(Pack&&) = default;
+
   const Entry& entry(const std::string& key) const;
   const std::map<std::string, Entry>& entries() const { return entries_; }
   std::vector<std::uint8_t> read(const Entry& entry, const std::string& image) const;
 
  private:
-  std::string path_;
+  Pack(const std::string& path, std::vector<std::uint8_t> file);
+
+  std::string name_;
+  std::vector<std::uint8_t> file_;  // empty if the bytes are not ours; `data_` stays right when it is moved
+  const std::uint8_t* data_;
   std::map<std::string, Entry> entries_;
 };
 

@@ -1,6 +1,6 @@
 // Our operators on the current GPU, for TensorRT's plugins: what variants.py chooses and scan.py runs.
 //
-//     mdm::gpu::Scans scans(path);
+//     mdm::gpu::Scans scans{mdm::gpu::Pack(path)};
 //     mdm::gpu::Plan plan = scans.plan(problem);                       // loads its kernels
 //     scans.run(plan, {{"x", x}, {"dt", dt}, ..., {"y", y}}, workspace, stream);
 //
@@ -48,7 +48,7 @@ Plan choose(const Pack& pack, const Problem& problem, Gpu gpu);
 
 class Scans {
  public:
-  explicit Scans(const std::string& pack, const std::string& driver = "libcuda.so.1") : kernels_(pack, driver) {}
+  explicit Scans(Pack pack, const std::string& driver = "libcuda.so.1") : kernels_(std::move(pack), driver) {}
 
   Plan plan(const Problem& problem);
   void run(const Plan& plan, const Pointers& pointers, void* workspace, void* stream);

@@ -43,7 +43,8 @@ def scans_here() -> Scans:
 
 
 class Node:
-    """A node of this operator with these optional inputs. Plans are kept: a shape that comes again costs nothing."""
+    """A node of this operator with these optional inputs, on one GPU. Plans are kept: a shape that comes again costs
+    nothing."""
 
     def __init__(self, operator: Operator, has: int, scans: Callable[[], Scans] = scans_here) -> None:
         try:
@@ -52,6 +53,18 @@ class Node:
             raise InputError(str(error)) from error
         self.operator, self.has, self._scans = operator, has, scans
         self._plans: dict[tuple[Described, ...], Plan] = {}
+
+    def clone(self) -> Node:
+        """Another of this kind without its plans: it may serve another GPU."""
+        return Node(self.operator, self.has, self._scans)
+
+    def expect(self, inputs: int) -> None:
+        """An error where TensorRT has another number of them."""
+        if inputs != len(self.inputs):
+            raise InputError(
+                f"{self.operator.name}: attribute 'has' is {self.has}, which stands for {len(self.inputs)} inputs\n"
+                f"found {inputs}, expected {', '.join(spec.name for spec in self.inputs)}"
+            )
 
     def takes(self, place: int, tensors: Sequence[Described]) -> bool:
         """Whether tensor number `place`, inputs first, may be so, where those before it are so."""
@@ -64,11 +77,7 @@ class Node:
 
     def sizes(self, inputs: Sequence[Described]) -> dict[str, int]:
         """By the contract's letters; an error where the shapes do not fit together."""
-        if len(inputs) != len(self.inputs):
-            raise InputError(
-                f"{self.operator.name}: attribute 'has' is {self.has}, which stands for {len(self.inputs)} inputs\n"
-                f"found {len(inputs)}, expected {', '.join(spec.name for spec in self.inputs)}"
-            )
+        self.expect(len(inputs))
         try:
             self.operator.check({spec.name: one.dims for spec, one in zip(self.inputs, inputs, strict=True)})
         except ValueError as error:

@@ -34,7 +34,7 @@ def described(tensor: Any, dims: Any = None) -> Described:
 
 
 class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
-    """One node. Clones share it, and with it the plans."""
+    """One node. TensorRT clones it for each execution context."""
 
     def __init__(self, node: Node) -> None:
         for base in Plugin.__bases__:
@@ -48,7 +48,7 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPl
         return self
 
     def clone(self) -> Plugin:
-        return Plugin(self.node)
+        return Plugin(self.node.clone())
 
     def attach_to_context(self, context: Any) -> Plugin:
         return self.clone()
@@ -58,6 +58,7 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPl
         return trt.PluginFieldCollection([has])
 
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+        self.node.expect(len(input_types))
         return [input_types[0]]
 
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:

@@ -332,7 +332,7 @@ def test_a_truncated_file_is_refused(kind: str) -> None:
 
 def test_places_without_a_picture_are_told(tmp_path: Path) -> None:
     assert refused(tmp_path).endswith("cannot be read: Is a directory")
-    assert refused(tmp_path / "missing.png").endswith("missing.png' cannot be read: No such file or directory")
+    assert refused(tmp_path / "missing.png").endswith("cannot be read: No such file or directory")
     assert "cannot be read" in refused("")
     assert "cannot be read: embedded null byte" in refused("a\0b.png")
     assert "cannot be read: File name too long" in refused("x" * 300)

@@ -26,7 +26,7 @@ static Value value_of(const char* text) {
 
 static void launch(char** words, int count) {
   const std::string key = words[2];
-  mdm::gpu::Kernels kernels(words[0], words[1]);
+  mdm::gpu::Kernels kernels(mdm::gpu::Pack(words[0]), words[1]);
   void* driver = dlopen(words[1], RTLD_NOW);
   const auto push = reinterpret_cast<int (*)(void*)>(dlsym(driver, "cuCtxPushCurrent_v2"));
   const int contexts = std::atoi(words[3]), times = std::atoi(words[4]);
@@ -92,7 +92,7 @@ static void plans(const char* path) {
 }
 
 static void scan(char** words) {
-  mdm::gpu::Scans scans(words[0], words[1]);
+  mdm::gpu::Scans scans(mdm::gpu::Pack(words[0]), words[1]);
   void* driver = dlopen(words[1], RTLD_NOW);
   reinterpret_cast<int (*)(void*)>(dlsym(driver, "cuCtxPushCurrent_v2"))(reinterpret_cast<void*>(0xc0ul));
   const char* names[] = {"x",  "u", "dt", "delta",   "A",          "Bm",   "C",

@@ -16,7 +16,7 @@ import pytest
 def in_rig(rig: dict[str, str]) -> Callable[..., list[dict[str, Any]]]:
     """in_rig(jobs, plugins=True): what TensorRT says of each model; see rig_child.py. `fails`: how the process ends."""
 
-    def ask(jobs: list[dict[str, Any]], plugins: bool = True, fails: str = "") -> list[dict[str, Any]]:
+    def ask(jobs: list[dict[str, Any]], plugins: bool | str = True, fails: str = "") -> list[dict[str, Any]]:
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("rig_child.py"))],
             input=json.dumps({"plugins": plugins, "jobs": jobs}), text=True, capture_output=True, env=rig,

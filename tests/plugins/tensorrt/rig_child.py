@@ -1,6 +1,7 @@
 # Runs in a process of its own, with the rig's libraries: parses models, builds engines, and tells of it.
 #
 # In: {"plugins": true, "jobs": [{"model": path, "profiles": [{"batch": [1, 2, 4], ...}, ...]}]}; no profiles: parse.
+# "plugins" are ours in Python, or none, or those of the library of this path.
 # Out: for each job what the parser said, how many nodes have plugins, the engine's bytes, and TensorRT's messages.
 
 import contextlib
@@ -48,7 +49,9 @@ def attempt(job, log):
 
 def main():
     request = json.load(sys.stdin)
-    if request["plugins"]:
+    if isinstance(request["plugins"], str):
+        assert trt.get_plugin_registry().load_library(request["plugins"])
+    elif request["plugins"]:
         from mdm.plugins.tensorrt.python_plugin import register
 
         register()

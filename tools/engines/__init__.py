@@ -1,0 +1,1 @@
+"""`mdm build`: a bundle's graphs become engines."""
