@@ -38,11 +38,7 @@ class Measured(NamedTuple):
         return self.value <= self.limit  # false for NaN
 
 
-MEASURED = pytest.StashKey[list[Measured]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[MEASURED] = []
+MEASURED: list[Measured] = []  # of the whole run; with several processes, in the one that reports
 
 
 @pytest.fixture
@@ -51,14 +47,19 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str, float, float], None
 
     def record(name: str, value: float, limit: float) -> None:
         measured = Measured(name, float(value), float(limit))
-        request.config.stash[MEASURED].append(measured)
+        request.node.user_properties.append(("figure", [*measured]))  # travels with the test's report
         assert measured.holds, f"{name}: measured {measured.value:.3g}, limit {measured.limit:.3g}"
 
     return record
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[MEASURED]
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "teardown":
+        MEASURED.extend(Measured(*value) for name, value in report.user_properties if name == "figure")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = MEASURED
     if not rows:
         return
     width = max(len(row.name) for row in rows)
@@ -67,6 +68,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for row in rows:
         mark = "" if row.holds else "  over"
         terminalreporter.write_line(f"{row.name:{width}}  {row.value:10.3g}  {row.limit:10.3g}{mark}")
+
+
+RIG = Path(__file__).parents[1] / ".venv/rig"
+
+
+@pytest.fixture(scope="session")
+def rig() -> dict[str, str]:
+    """The environment of a process that is to have TensorRT's builder: tests/rig/setup makes it."""
+    if not (RIG / "ready").is_file():
+        pytest.skip("no TensorRT builder: tests/rig/setup .venv/rig makes one")
+    return {**os.environ, "LD_LIBRARY_PATH": str(RIG / "lib"), "PYTHONPATH": str(RIG / "site")}
 
 
 # Sizes that mean different things are different numbers, so that a mixed-up axis is an error: 16 picture tokens, 12

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CASES = """
 def test_under(figure): figure("under", 2e-7, 1e-5)
 def test_equal(figure): figure("equal", 1, 1)
@@ -15,10 +17,11 @@ def test_nan(figure): figure("not a number", float("nan"), 1.0)
 """
 
 
-def test_figures_are_held_to_their_limit_and_printed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["-n", "2"]], ids=["one process", "two"])
+def test_figures_are_held_to_their_limit_and_printed(tmp_path: Path, more: list[str]) -> None:
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "test_truth.py").write_text(CASES)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *more, str(tmp_path)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1
     assert "2 failed, 2 passed" in run.stdout.splitlines()[-1]

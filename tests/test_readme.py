@@ -61,7 +61,8 @@ def folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_command_is_known() -> None:
     known = (
         "tools/demo", "tools/test", "mdm evaluate", "mdm train", "mdm doctor", "mdm bench", "mdm export", "mdm inspect",
-        "mdm generate", "mdm caption", "mdm ask", "mdm complete", "mdm joint", "mdm turn", "mdm check", "pip install",
+        "mdm generate", "mdm caption", "mdm ask", "mdm complete", "mdm joint", "mdm turn", "mdm check", "mdm plugin",
+        "pip install", "python tools/gpu_check",
     )  # fmt: skip
     assert [command for command in COMMANDS if not command.startswith(known)] == []
 
@@ -84,6 +85,14 @@ def test_demo_writes_its_picture(tmp_path: Path) -> None:
     assert str(picture) in done.stdout
     with Image.open(picture) as image, Image.open(ROOT / "reference" / "assets" / "demo.png") as shown:
         assert image.size == shown.size
+
+
+def test_scripts_in_python_run() -> None:
+    for command in COMMANDS:
+        if command.startswith("python "):
+            words = shlex.split(command)[1:]
+            run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert run.returncode == 0, run.stderr
 
 
 def test_mdm_commands_run(folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (made,) = folder.glob("*.whl")
-    assert "mdm/plugins/libmdm_ort_cpu.so" in zipfile.ZipFile(made).namelist()
+    assert {"mdm/plugins/libmdm_ort_cpu.so", "mdm/plugins/gpu/kernels.pack"} <= {*zipfile.ZipFile(made).namelist()}
     return made
 
 

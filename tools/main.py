@@ -25,6 +25,7 @@ from mdm.plugins.errors import MdmError
 # verb -> (module:attribute of its click command, line shown by `mdm --help`)
 VERBS: Mapping[str, tuple[str, str]] = {
     "export": ("mdm.tools.export:command", "Make a bundle of ONNX graphs from a checkpoint."),
+    "build": ("mdm.tools.build.command:command", "Build a bundle's graphs into engines for this machine's GPU."),
     "inspect": ("mdm.tools.inspect:command", "Show what is in a bundle."),
     "generate": ("mdm.tools.sample:generate", "Make pictures from prompts or classes."),
     "caption": ("mdm.tools.sample:caption", "Say what pictures show."),

@@ -4,11 +4,14 @@
     print(resources.text(table), resources.problems(table))
 
 The same sources and the same Triton make the same bytes: cubins and PTX are compiled without line info, which would
-hold paths, and is two thirds of their size.
+hold paths, and is two thirds of their size. A pack says which sources it was made of, so that a test can tell when the
+shipped one has grown old.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import multiprocessing
 import os
 import re
@@ -22,7 +25,7 @@ from typing import Any
 from mdm.plugins.errors import EngineError, EnvironmentLackError
 from mdm.plugins.gpu.pack import ARCHITECTURES, PTX, Argument, Entry, compress, key_of, write
 from mdm.plugins.gpu.resources import Row, measure
-from mdm.plugins.gpu.variants import KERNELS, Kernel, Variant
+from mdm.plugins.gpu.variants import KERNELS, Kernel, Variant, serves
 from mdm.plugins.machine import cores
 
 TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # Triton's words
@@ -61,8 +64,24 @@ def build_pack(
             progress(len(made), len(work), entry.key)
     finally:
         pool.shutdown(cancel_futures=True)
-    write(out, f"triton {_triton_version()}", made)
+    write(out, made_by(kernels.values()), made)
     return sorted(table, key=lambda row: (row.key, int(row.architecture)))
+
+
+def made_by(kernels: Iterable[Kernel] = KERNELS.values()) -> str:
+    """Triton's version, and a hash of what the kernels' modules say, whatever their comments do."""
+    spoken = []
+    for module in sorted({kernel.module for kernel in kernels}):
+        found = find_spec(module)
+        assert found is not None
+        assert found.origin is not None
+        tree = ast.parse(Path(found.origin).read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        spoken.append(ast.dump(tree))
+    digest = hashlib.sha256("\n".join(spoken).encode()).hexdigest()
+    return f"triton {_triton_version()} of sources {digest[:16]}"
 
 
 def compile_variant(variant: Variant, kernel: Kernel, architectures: tuple[str, ...]) -> tuple[Entry, bytes, list[Row]]:
@@ -72,6 +91,8 @@ def compile_variant(variant: Variant, kernel: Kernel, architectures: tuple[str, 
     symbols = set()
     rows = []
     for architecture in architectures:
+        if not serves(variant, divmod(int(architecture), 10)):
+            continue
         compiled = _compile(variant, kernel, architecture)
         shared = compiled.metadata.shared
         images[architecture] = (compiled.asm["cubin"], shared)
@@ -91,6 +112,7 @@ def compile_variant(variant: Variant, kernel: Kernel, architectures: tuple[str, 
         variant.stages,
         symbol,
         arguments + scratch,
+        kernel.grid,
         places,
         len(stream),
     )
@@ -128,6 +150,7 @@ def _compile(variant: Variant, kernel: Kernel, architecture: str) -> Any:
     }
     if int(architecture) < 90:
         options["ptx_version"] = 80  # of CUDA 12.0; Triton's default would ask for a driver of CUDA 12.9
+    _choose_assembler(architecture)
     try:
         compiled = triton.compile(
             ASTSource(function, signature, dict(variant.constants), divisors),
@@ -151,6 +174,15 @@ def _compile(variant: Variant, kernel: Kernel, architecture: str) -> Any:
             f"expected its own {len(kernel.arguments)} and Triton's {', '.join(SCRATCH)}\nuse Triton 3.9"
         )
     return compiled
+
+
+def _choose_assembler(architecture: str) -> None:
+    """CUDA 12's wherever it knows the GPU. From 9.0 on Triton would take CUDA 13's, whose cubins want a driver of CUDA
+    13; registers and instructions are the same, and it spills 8 to 16 bytes more. 11.0 is known to CUDA 13 alone."""
+    from triton import knobs
+
+    name = "ptxas-blackwell" if architecture == "110" else "ptxas"
+    knobs.nvidia.ptxas_blackwell = str(Path(knobs.nvidia.ptxas.path).with_name(name))
 
 
 def _kind(type_: str) -> str:

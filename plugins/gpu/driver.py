@@ -22,6 +22,7 @@ from mdm.plugins.errors import EngineError, EnvironmentLackError
 LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 # cuda.h's numbers
 CAPABILITY = (75, 76)  # device attributes: major, minor
+MULTIPROCESSORS = 16  # device attribute
 SHARED_LIMIT = 97  # device attribute: bytes of shared memory a block may ask for
 DYNAMIC_SHARED = 8  # function attribute: how much of that it does ask for
 CAPTURE_RELAXED = 2
@@ -39,7 +40,9 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuDevicePrimaryCtxRelease_v2": (c_int,),
     "cuCtxPushCurrent_v2": (c_void_p,),
     "cuCtxPopCurrent_v2": (_HANDLE,),
+    "cuCtxGetDevice": (POINTER(c_int),),
     "cuModuleLoadData": (_HANDLE, c_char_p),
+    "cuModuleUnload": (c_void_p,),
     "cuModuleGetFunction": (_HANDLE, c_void_p, c_char_p),
     "cuFuncSetAttribute": (c_void_p, c_int, c_int),
     "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
@@ -187,6 +190,7 @@ class Device:
         self.name = name.value.decode(errors="replace")
         major, minor = (driver.number("cuDeviceGetAttribute", part, self._device) for part in CAPABILITY)
         self.capability = (major, minor)
+        self.multiprocessors = driver.number("cuDeviceGetAttribute", MULTIPROCESSORS, self._device)
         self.shared_limit = driver.number("cuDeviceGetAttribute", SHARED_LIMIT, self._device)
         self.context = driver.handle("cuDevicePrimaryCtxRetain", self._device)
 

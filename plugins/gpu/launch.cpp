@@ -14,8 +14,9 @@ namespace {
 
 using Handle = void*;
 // cuda.h's numbers
-constexpr int kMajor = 75, kMinor = 76, kSharedLimit = 97;  // device attributes
-constexpr int kDynamicShared = 8;                           // function attribute
+constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76, kSharedLimit = 97;  // device attributes
+constexpr int kDynamicShared = 8;                                                  // function attribute
+constexpr unsigned kMostX = 0x7fffffff, kMostYZ = 65535;  // of a grid, on every architecture
 
 std::string image_name(const std::string& architecture) { return architecture == "ptx" ? "PTX" : "sm_" + architecture; }
 
@@ -46,6 +47,7 @@ Value::Value(float number) : kind(Kind::kFloat), bits(0) { std::memcpy(&bits, &n
   X(cuCtxGetDevice, (int*))                                          \
   X(cuDeviceGetAttribute, (int*, int, int))                          \
   X(cuModuleLoadData, (Handle*, const void*))                        \
+  X(cuModuleUnload, (Handle))                                        \
   X(cuModuleGetFunction, (Handle*, Handle, const char*))             \
   X(cuFuncSetAttribute, (Handle, int, int))                          \
   X(cuLaunchKernel, (Handle, unsigned, unsigned, unsigned, unsigned, \
@@ -134,6 +136,7 @@ struct Kernels::State {
       const int shared = static_cast<int>(made.shared);
       driver.check("cuFuncSetAttribute", driver.cuFuncSetAttribute(made.function, kDynamicShared, shared));
     } catch (const Error& error) {
+      if (module) driver.cuModuleUnload(module);  // whatever it says: the first failure is the one to tell
       throw Error(made.name() + " cannot be loaded\n" + error.what() + "\na newer driver may load it");
     }
     return made;
@@ -158,9 +161,17 @@ const Kernels::Loaded& Kernels::find(const std::string& key) {
   return here.emplace(key, state_->load(state_->pack.entry(key))).first->second;
 }
 
+const Pack& Kernels::pack() const { return state_->pack; }
+
+Gpu Kernels::gpu() const {
+  const Driver& driver = state_->driver;
+  driver.context();  // or say that there is none
+  return {driver.attribute(kMajor), driver.attribute(kMinor), driver.attribute(kMultiprocessors)};
+}
+
 void Kernels::prepare(const std::string& key) { find(key); }
 
-void Kernels::launch(const std::string& key, Grid grid, std::initializer_list<Value> values, void* stream) {
+void Kernels::launch(const std::string& key, Grid grid, const std::vector<Value>& values, void* stream) {
   const Loaded& loaded = find(key);
   const std::vector<Argument>& arguments = loaded.entry->arguments;
   const auto shapes = [&] {
@@ -185,11 +196,14 @@ void Kernels::launch(const std::string& key, Grid grid, std::initializer_list<Va
   void* addresses[Pack::kMostArguments];
   for (std::size_t i = 0; i < arguments.size(); ++i) addresses[i] = slots + i;
   for (std::size_t i = 0; i < given; ++i) {
-    const Value& value = values.begin()[i];
+    const Value& value = values[i];
     const Argument& argument = arguments[i];
     if (value.kind != argument.kind) {
       throw Error(loaded.name() + ": argument '" + argument.name + "' has the wrong type\nfound " +
                   kind_name(value.kind) + ", expected " + kind_name(argument.kind));
+    }
+    if (value.kind == Kind::kPointer && !value.bits) {
+      throw Error(loaded.name() + ": argument '" + argument.name + "' is null, with " + shapes());
     }
     const std::uint32_t divisor = argument.divisor;
     const bool whole = value.kind == Kind::kPointer ? value.bits % divisor == 0
@@ -200,6 +214,10 @@ void Kernels::launch(const std::string& key, Grid grid, std::initializer_list<Va
                   "\nexpected a multiple of " + std::to_string(divisor));
     }
     slots[i] = value.bits;
+  }
+  if (!grid.x || !grid.y || !grid.z || grid.x > kMostX || grid.y > kMostYZ || grid.z > kMostYZ) {
+    throw Error(loaded.name() + ": impossible grid, with " + shapes() + "\nexpected three sizes from 1 to " +
+                std::to_string(kMostX) + ", " + std::to_string(kMostYZ) + ", " + std::to_string(kMostYZ));
   }
   const int status =
       state_->driver.cuLaunchKernel(loaded.function, grid.x, grid.y, grid.z, 32 * loaded.entry->warps, 1, 1,

@@ -9,9 +9,9 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "pack.h"
 
@@ -19,6 +19,11 @@ namespace mdm::gpu {
 
 struct Grid {
   unsigned x, y, z;
+};
+
+// The current context's.
+struct Gpu {
+  int major, minor, multiprocessors;
 };
 
 // An argument's value, of the kind its type says.
@@ -37,11 +42,14 @@ class Kernels {
   explicit Kernels(const std::string& pack, const std::string& driver = "libcuda.so.1");
   ~Kernels();
 
+  const Pack& pack() const;
+  Gpu gpu() const;
+
   // Load an entry of the pack, by its key. Before a capture this is a must: loading within one breaks it.
   void prepare(const std::string& key);
 
   // `stream`: a CUstream or cudaStream_t. Values in the index's order, without Triton's scratch pointers.
-  void launch(const std::string& key, Grid grid, std::initializer_list<Value> values, void* stream);
+  void launch(const std::string& key, Grid grid, const std::vector<Value>& values, void* stream);
 
  private:
   struct Driver;

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 
@@ -84,11 +85,15 @@ class Kernels:
                 f"found {self.device.shared_limit} bytes for a block, expected {shared}\nchoose another variant"
             )
         with self.device.current():
+            module = 0
             try:
                 module = driver.handle("cuModuleLoadData", image)
                 function = driver.handle("cuModuleGetFunction", module, entry.symbol.encode())
                 driver.call("cuFuncSetAttribute", function, DYNAMIC_SHARED, shared)
             except EngineError as error:
+                if module:
+                    with suppress(EngineError):  # the first failure is the one to tell
+                        driver.call("cuModuleUnload", module)
                 raise EngineError(
                     f"the kernel '{entry.key}' ({_image(name)}) cannot be loaded on {self.device.name}\n{error}\n"
                     f"the driver serves CUDA {driver.version()}: a newer one may load it"
@@ -112,6 +117,10 @@ class Kernels:
                 raise InputError(
                     f"{where}: argument '{argument.name}' has the wrong type\n"
                     f"found {type(value).__name__}, expected {argument.kind}"
+                )
+            if argument.kind == "pointer" and not value:
+                raise InputError(
+                    f"{where}: argument '{argument.name}' is null, with {_shapes(loaded, grid, arguments)}"
                 )
             if argument.divisor > 1 and value % argument.divisor:
                 found = f"{value:#x}" if argument.kind == "pointer" else value

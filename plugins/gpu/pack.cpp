@@ -149,7 +149,14 @@ Kind kind_of(const std::string& name) {
 Entry entry_of(const Json& row) {
   Entry entry{};
   entry.key = row["key"].name(" =");
+  entry.kernel = row["kernel"].name();
+  entry.dtype = row["dtype"].name();
   entry.symbol = row["symbol"].name();
+  for (const auto& [name, value] : row["constants"].members) {
+    entry.constants[name] = static_cast<std::int64_t>(value.below(std::size_t{1} << 31));
+  }
+  for (const Json& rule : row["grid"].list()) entry.grid.push_back(rule.name("*/"));
+  if (entry.grid.size() != 3) throw Error("a grid that has not three sizes");
   entry.warps = static_cast<unsigned>(row["warps"].below(33));
   entry.packed = row["packed"].below(std::size_t{1} << 31);
   bool scratch = false;

@@ -29,9 +29,11 @@ struct Image {
 };
 
 struct Entry {
-  std::string key, symbol;
+  std::string key, kernel, dtype, symbol;
+  std::map<std::string, std::int64_t> constants;
   unsigned warps;
   std::vector<Argument> arguments;
+  std::vector<std::string> grid;        // rules of its three sizes, see scan.cpp
   std::map<std::string, Image> images;  // by architecture, or "ptx"
   std::size_t offset, packed;           // of the stream in the file
 };

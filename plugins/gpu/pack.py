@@ -1,6 +1,6 @@
 """The kernel pack: every GPU kernel of this package, compiled for every architecture, in one file that is only data.
 
-    pack = Pack.open(path)
+    pack = Pack.open(SHIPPED)
     entry = pack.entry(variant)                  # or pack.entries[key], where the key is the entry's `key`
     cubin = pack.image(entry, (9, 0))            # of that compute capability
 
@@ -31,6 +31,7 @@ from typing import Any
 from mdm.plugins.errors import EnvironmentLackError, InputError
 from mdm.plugins.gpu.variants import Variant
 
+SHIPPED = Path(__file__).with_name("kernels.pack")  # of this package's own kernels
 MAGIC = b"mdmkern\n"
 FORMAT = 1
 HEADER = struct.Struct("<8s3I")
@@ -78,6 +79,7 @@ class Entry:
     stages: int
     symbol: str  # the function's name within the images
     arguments: tuple[Argument, ...]
+    grid: tuple[str, ...]  # rules of its three sizes, see variants.size_of
     images: dict[str, Image]
     packed: int  # bytes of the compressed stream
     offset: int = 0  # of the stream in the file
@@ -247,6 +249,9 @@ def _entry(row: Any) -> Entry:
     kinds = [a.kind for a in arguments]
     if "scratch" in kinds and set(kinds[kinds.index("scratch") :]) != {"scratch"}:
         raise ValueError("a scratch pointer before another argument")
+    grid = tuple(_name(rule, r"\w+([*/]\w+)*") for rule in row["grid"])
+    if len(grid) != 3:
+        raise ValueError(f"a grid of {len(grid)} sizes")
     return Entry(
         kernel=_name(row["kernel"], r"\w+"),
         dtype=_name(row["dtype"], r"\w+"),
@@ -255,6 +260,7 @@ def _entry(row: Any) -> Entry:
         stages=_number(row["stages"], 33),
         symbol=_name(row["symbol"], r"\w+"),
         arguments=arguments,
+        grid=grid,
         images=images,
         packed=_number(row["packed"], 2**31),
     )

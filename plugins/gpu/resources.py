@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mdm.plugins.errors import EngineError, EnvironmentLackError
+from mdm.plugins.gpu.pack import Pack
 
 # Bytes of shared memory a block may ask for, by architecture: the CUDA programming guide's table of compute
 # capabilities, less the 1 KiB a block that the system keeps.
@@ -75,6 +76,16 @@ def measure(key: str, architecture: str, cubin: bytes, shared: int) -> Row:
         stores=total(r"STG\.|UTMASTG"),
         wide_stores=total(r"STG\..*\b128\b|UTMASTG"),
     )
+
+
+def measure_pack(pack: Pack, architectures: Iterable[str]) -> list[Row]:
+    """Of every entry that has an image for these architectures."""
+    return [
+        measure(entry.key, name, pack.read(entry, name), entry.images[name].shared)
+        for entry in pack.entries.values()
+        for name in architectures
+        if name in entry.images
+    ]
 
 
 def problems(table: Iterable[Row]) -> list[str]:

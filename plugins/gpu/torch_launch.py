@@ -20,6 +20,10 @@ from torch import Tensor
 from mdm.plugins.contract import Operator
 from mdm.plugins.gpu.variants import KERNELS, Launch, Plan, choose
 
+# What the kernels are held to, of max |error| / max |value|. Half types: y is rounded once, and the operands of the
+# products before.
+LIMITS = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}
+
 
 def run(
     operator: Operator,
@@ -65,7 +69,7 @@ def run_launch(launch: Launch, buffers: Mapping[str, Tensor]) -> None:
         _mend_interpreter()
     arguments = [
         # Whatever stands for an absent input is not read.
-        buffers.get(name, buffers["y"]) if type_.startswith("*") else launch.integers[name]
+        buffers.get(name, buffers["y"]) if type_.startswith("*") else launch.numbers[name]
         for name, type_, _ in kernel.arguments
     ]
     function = getattr(import_module(kernel.module), variant.kernel)

@@ -20,7 +20,7 @@ from onnx import ModelProto
 
 from mdm.plugins import library, register
 from mdm.plugins.contract import SHORT_CONV, SSD_SCAN, Operator
-from mdm.tools.bench.scan_inputs import DECAYS, Arrays, scan_inputs
+from mdm.tools.bench.operator_inputs import DECAYS, Arrays, operator_inputs
 
 # tools/sanitize brings its own build of the library.
 if "MDM_TEST_SCAN_LIBRARY" in os.environ:
@@ -156,7 +156,7 @@ def hold() -> Callable[..., None]:
     def check(name: str, operator: Operator, open_form: Callable[[Case, Arrays], Any], figure: Any) -> None:
         worst, cases = dict.fromkeys(LIMITS, 0.0), CONV_CASES if operator is SHORT_CONV else CASES
         for case in cases:
-            inputs = scan_inputs(operator, sizes_of(case), case["has"], case["dtype"], case.get("decay", ""))
+            inputs = operator_inputs(operator, sizes_of(case), case["has"], case["dtype"], case.get("decay", ""))
             form = open_form(case, inputs)
             if form is None:
                 continue
@@ -169,3 +169,10 @@ def hold() -> Callable[..., None]:
             figure(f"{operator.torch_name}, {name}, {dtype}: worst of {len(cases)} cases", error, LIMITS[dtype])
 
     return check
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPU kernels: segments of 16 tokens and more, so that short sequences have several."""
+    monkeypatch.setattr("mdm.plugins.gpu.variants.UNIT", 16)
+    monkeypatch.setattr("mdm.plugins.gpu.variants.SHORTEST", 16)

@@ -13,8 +13,8 @@ from mdm.plugins.contract import DOMAIN, OPERATORS, SELECTIVE_SCAN, SHORT_CONV, 
 from mdm.plugins.errors import InputError
 from mdm.plugins.functions import TAPS, attach_functions, function_body, operator_model
 from mdm.plugins.linear_attention import use_linear_attention
+from mdm.tools.bench.operator_inputs import Arrays, operator_inputs
 from mdm.tools.bench.ops import fixed
-from mdm.tools.bench.scan_inputs import Arrays, scan_inputs
 
 every = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 SIZES = {"B": 2, "L": 70, "D": 48, "H": 6, "P": 20, "N": 24, "G": 2}
@@ -44,7 +44,7 @@ def test_linear_attention_against_the_recurrence(session: Any, hold: Any, figure
 
 def test_one_file_three_ways(session: Any, figure: Any, off: Any) -> None:
     """The library registered, not registered, and rewritten: the same file, the same result."""
-    inputs = scan_inputs(SSD_SCAN, SIZES, 15)
+    inputs = operator_inputs(SSD_SCAN, SIZES, 15)
     model = with_numbers(SSD_SCAN, 15, inputs)
     native = session(model, native=True).run(None, inputs)[0]
     body = session(model).run(None, inputs)[0]
@@ -57,7 +57,7 @@ def test_one_file_three_ways(session: Any, figure: Any, off: Any) -> None:
 
 def test_the_registered_library_is_what_runs(session: Any) -> None:
     """A body that computes something else shows who was called."""
-    inputs = scan_inputs(SSD_SCAN, SIZES, 0)
+    inputs = operator_inputs(SSD_SCAN, SIZES, 0)
     model = operator_model(SSD_SCAN, 0)
     body = helper.make_function(
         DOMAIN, SSD_SCAN.name, ["x", "dt", "A", "Bm", "C"], ["y"],
@@ -107,7 +107,7 @@ def test_a_convolution_of_other_taps_is_another_pattern() -> None:
 
 
 def test_a_body_of_other_taps_than_the_weight_has_is_an_error(session: Any) -> None:
-    inputs = scan_inputs(SHORT_CONV, {"B": 1, "L": 6, "D": 5, "K": 3}, 1)
+    inputs = operator_inputs(SHORT_CONV, {"B": 1, "L": 6, "D": 5, "K": 3}, 1)
     for taps in (2, 4):
         model = operator_model(SHORT_CONV, 1, taps=taps)
         model.graph.input[1].type.tensor_type.shape.dim[1].Clear()
@@ -123,7 +123,7 @@ def test_taps_that_no_shape_tells_are_asked_for() -> None:
 
 
 def test_chunk_size_is_a_matter_of_rounding(session: Any, exact: Any, off: Any) -> None:
-    inputs = scan_inputs(SSD_SCAN, SIZES, 5)
+    inputs = operator_inputs(SSD_SCAN, SIZES, 5)
     expected = exact(SSD_SCAN, inputs)
     for chunk in (1, 16, 70, 256):
         assert off(session(operator_model(SSD_SCAN, 5, chunk_size=chunk)).run(None, inputs)[0], expected) <= 3e-6
@@ -141,7 +141,7 @@ def test_an_unknown_type_is_refused() -> None:
 
 def test_small_steps_keep_their_digits(session: Any, exact: Any, off: Any, figure: Any) -> None:
     """Steps of 0.001 and less, as trained models have: log(1 + e) as written would lose four digits."""
-    inputs = scan_inputs(SELECTIVE_SCAN, SIZES, 0)
+    inputs = operator_inputs(SELECTIVE_SCAN, SIZES, 0)
     inputs["delta"] = inputs["delta"] - 8
     expected = exact(SELECTIVE_SCAN, inputs)
     figure(

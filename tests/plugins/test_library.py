@@ -15,7 +15,7 @@ from mdm.plugins import cpu_library_path, library, register
 from mdm.plugins.contract import SSD_SCAN
 from mdm.plugins.errors import EnvironmentLackError, InputError
 from mdm.plugins.functions import operator_model
-from mdm.tools.bench.scan_inputs import scan_inputs
+from mdm.tools.bench.operator_inputs import operator_inputs
 
 SIZES = {"B": 1, "L": 3, "H": 2, "P": 4, "N": 5, "G": 1}
 
@@ -47,7 +47,7 @@ def test_a_runtime_that_is_too_old_is_told_so(session: Any) -> None:
 
     A session of the real one goes on running.
     """
-    running, inputs = session(operator_model(SSD_SCAN, 0), native=True), scan_inputs(SSD_SCAN, SIZES, 0)
+    running, inputs = session(operator_model(SSD_SCAN, 0), native=True), operator_inputs(SSD_SCAN, SIZES, 0)
     said: list[bytes] = []
     create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(
         lambda _, text: said.append(text) or 1

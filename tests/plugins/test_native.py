@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mdm.plugins.contract import OPERATORS, SCANS, SELECTIVE_SCAN, SHORT_CONV, SSD_SCAN, Operator
 from mdm.plugins.functions import TAPS, operator_model
 from mdm.plugins.library import INSTRUCTION_SETS, instruction_set
-from mdm.tools.bench.scan_inputs import DECAYS, Arrays, scan_inputs
+from mdm.tools.bench.operator_inputs import DECAYS, Arrays, operator_inputs
 
 every = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 scans = pytest.mark.parametrize("operator", SCANS, ids=lambda operator: operator.name)
@@ -59,7 +59,7 @@ def test_any_size(operator: Operator, session: Any, exact: Any, data: st.DataObj
     }
     sizes |= {"G": groups, "H": groups * min(per_group, 6), "D": groups * per_group}
     has, decay = data.draw(st.integers(0, operator.has_all)), data.draw(st.sampled_from(DECAYS))
-    inputs = scan_inputs(operator, sizes, has, decay=decay, seed=data.draw(st.integers(0, 99)))
+    inputs = operator_inputs(operator, sizes, has, decay=decay, seed=data.draw(st.integers(0, 99)))
     y = session(operator_model(operator, has, taps=sizes["K"]), native=True).run(None, inputs)[0]
     # Beside the sum of absolute values: in a result of one or two numbers the terms may cancel almost to nothing.
     signed = (operator.inputs[0].name, "Bm", "C", "D", "z", "weight", "bias")
@@ -72,7 +72,7 @@ def test_any_size(operator: Operator, session: Any, exact: Any, data: st.DataObj
     "sizes", [FULL, FULL | {"L": 300, "H": 2, "P": 64, "N": 64, "G": 1, "D": 777}], ids=["odd", "few heads"]
 )
 def test_threads_and_neighbours_change_no_bit(operator: Operator, sizes: dict[str, int], session: Any) -> None:
-    inputs = scan_inputs(operator, sizes | {"B": 5}, operator.has_all)
+    inputs = operator_inputs(operator, sizes | {"B": 5}, operator.has_all)
     model = operator_model(operator, operator.has_all)
     whole = session(model, native=True).run(None, inputs)[0]
     for threads in (2, 3, 8):
@@ -87,7 +87,7 @@ def test_threads_and_neighbours_change_no_bit(operator: Operator, sizes: dict[st
 def test_a_masked_token_changes_no_bit_of_what_follows(operator: Operator, session: Any) -> None:
     """Selection: with D and without z a token that is masked out leaves the state exactly as it was."""
     model = operator_model(operator, 8)
-    inputs = scan_inputs(operator, FULL, 8)
+    inputs = operator_inputs(operator, FULL, 8)
     inputs["mask"] = np.ones_like(inputs["mask"])
     inputs["mask"][:, 5:9] = 0
     other = dict(inputs)
@@ -102,7 +102,7 @@ def test_a_masked_token_changes_no_bit_of_what_follows(operator: Operator, sessi
 def test_what_is_not_a_number_stays_so(operator: Operator, session: Any) -> None:
     has = operator.has_all & 7  # without the mask
     for spec in operator.present(has):
-        inputs = scan_inputs(operator, FULL, has)
+        inputs = operator_inputs(operator, FULL, has)
         inputs[spec.name].flat[0] = np.nan
         assert np.isnan(session(operator_model(operator, has), native=True).run(None, inputs)[0]).any(), spec.name
 
@@ -113,7 +113,7 @@ def test_misshapen_inputs_are_named(operator: Operator, session: Any) -> None:
     for info in model.graph.input:  # a file that promises nothing about shapes
         info.type.tensor_type.ClearField("shape")
     one = session(model, native=True)
-    good = scan_inputs(operator, FULL, operator.has_all)
+    good = operator_inputs(operator, FULL, operator.has_all)
     one.run(None, good)
     for spec in operator.inputs:
         value = good[spec.name]
@@ -141,7 +141,7 @@ def test_hostile_nodes_are_refused_or_computed(operator: Operator, session: Any,
     sizes = {letter: data.draw(st.integers(0, 5)) for letter in "BLDHPNGK"}
     has, dtype = data.draw(st.integers(0, operator.has_all)), data.draw(st.sampled_from(["float32", "float16"]))
     model = operator_model(operator, has, dtype)
-    inputs = scan_inputs(operator, sizes, has, dtype)
+    inputs = operator_inputs(operator, sizes, has, dtype)
     for info in model.graph.input:
         info.type.tensor_type.ClearField("shape")
     for name in data.draw(st.lists(st.sampled_from(sorted(inputs)), max_size=2, unique=True)):
@@ -165,12 +165,12 @@ def test_a_convolution_without_taps_is_named(session: Any) -> None:
     del model.functions[:]
     model.graph.input[1].type.tensor_type.ClearField("shape")
     with pytest.raises(Exception, match="MambaShortConv: input 'weight' has K = 0, expected at least one tap"):
-        session(model, native=True).run(None, scan_inputs(SHORT_CONV, FULL | {"K": 0}, 1))
+        session(model, native=True).run(None, operator_inputs(SHORT_CONV, FULL | {"K": 0}, 1))
 
 
 def test_groups_that_do_not_divide_are_named(session: Any) -> None:
     for operator, whole in ((SSD_SCAN, "H = 6 of input 'x'"), (SELECTIVE_SCAN, "D = 80 of input 'u'")):
-        inputs = scan_inputs(operator, FULL | {"G": 3 if operator is SELECTIVE_SCAN else 4}, 0)
+        inputs = operator_inputs(operator, FULL | {"G": 3 if operator is SELECTIVE_SCAN else 4}, 0)
         with pytest.raises(Exception, match=rf"G = \d, which does not divide {whole}"):
             session(operator_model(operator, 0), native=True).run(None, inputs)
 
@@ -185,7 +185,7 @@ def test_a_wrong_presence_mask_is_named(operator: Operator, has: int, session: A
     model = operator_model(operator, 1 if has == 0 else 0)
     del model.functions[:]
     next(a for a in model.graph.node[0].attribute if a.name == "has").i = has
-    inputs = scan_inputs(operator, FULL, 1 if has == 0 else 0)
+    inputs = operator_inputs(operator, FULL, 1 if has == 0 else 0)
     with pytest.raises(Exception, match=message):
         session(model, native=True).run(None, inputs)
 

@@ -11,14 +11,14 @@ from mdm.plugins.contract import OPERATORS, SHORT_CONV, Operator
 from mdm.plugins.errors import InputError
 from mdm.reference import ops, scan
 from mdm.reference import short_conv as conv
-from mdm.tools.bench.scan_inputs import scan_inputs
+from mdm.tools.bench.operator_inputs import operator_inputs
 
 SIZES = {"B": 2, "L": 9, "D": 8, "H": 4, "P": 3, "N": 5, "G": 2, "K": 4}
 every = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 
 
 def tensors(operator: Operator, has: int) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(value) for name, value in scan_inputs(operator, SIZES, has).items()}
+    return {name: torch.from_numpy(value) for name, value in operator_inputs(operator, SIZES, has).items()}
 
 
 @every

@@ -1,4 +1,4 @@
-"""`mdm plugin build`, on one small kernel for one architecture."""
+"""`mdm plugin build` and `report`, on one small kernel for one architecture."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def test_a_pack_is_built_and_opens(tmp_path: Path, capsys: pytest.CaptureFixture
     assert told["bytes"] == out.stat().st_size
     assert [row["architecture"] for row in told["entries"]] == ["90"]
     assert len(pack.image(pack.entry(variant), (9, 0))) > 1000
+    assert main(["plugin", "report", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["entries"] == told["entries"]
+    assert main(["plugin", "report", str(out), "--arch", "90"]) == 0
+    assert "carry_states float32 BLOCK=256" in capsys.readouterr().out
 
 
 def test_a_kernel_that_spills_is_an_error(
@@ -37,8 +41,16 @@ def test_a_kernel_that_spills_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--arch", "61"], "expected one of: 80"), (["--kernel", "scan"], "kernels: ")]
+    ("words", "said"),
+    [
+        (["build", "--arch", "61"], "expected one of: 80"),
+        (["build", "--kernel", "scan"], "kernels: "),
+        (["build", "--arch", "90"], "name another with --out"),
+        (["build", "--kernel", "ssd_scan"], "name another with --out"),
+        (["report", "--arch", "61"], "expected one of: 80"),
+        (["report", "nowhere.pack"], "nowhere.pack"),
+    ],
 )
 def test_what_is_not_there_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plugin", "build", *words]) == 2
+    assert main(["plugin", *words]) == 2
     assert said in capsys.readouterr().err

@@ -148,10 +148,10 @@ def forms(point: Point) -> Iterator[tuple[str, Callable[[], object]]]:
     from mdm.plugins.linear_attention import use_linear_attention
     from mdm.reference.scan import selective_scan, ssd_scan
     from mdm.reference.short_conv import short_conv
-    from mdm.tools.bench.scan_inputs import scan_inputs
+    from mdm.tools.bench.operator_inputs import operator_inputs
 
     operator, has = point.operator, point.operator.has_all & HAS
-    inputs = scan_inputs(operator, point.sizes, has)
+    inputs = operator_inputs(operator, point.sizes, has)
     shapes = {spec.name: list(inputs[spec.name].shape) for spec in operator.present(has)}
     model = operator_model(operator, has)
     yield "native", session_call(model, inputs, point.threads, native=True)

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from mdm.plugins.contract import Operator
 from mdm.plugins.gpu import torch_launch
-from mdm.tools.bench.scan_inputs import scan_inputs
+from mdm.plugins.gpu.torch_launch import LIMITS
+from mdm.tools.bench.operator_inputs import operator_inputs
 
-# Of max |error| / max |value|. Half types: y is rounded once, and the operands of the products before.
-LIMITS = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}
 DEVICE = "cuda" if "MDM_TEST_GPU" in os.environ else "cpu"
 # With "slow" the state outlives segments.
 DECAYS = ("slow", "typical", "strong", "none", "zero step")
@@ -33,8 +32,9 @@ Inputs = dict[str, Tensor]
 
 
 def tensors(operator: Operator, sizes: dict[str, int], has: int, dtype: str, decay: str = "typical") -> Inputs:
-    arrays = scan_inputs(operator, sizes, has, "float32", decay)
-    arrays["A"] = arrays["A"] * (0.02 if decay == "slow" else 1)
+    arrays = operator_inputs(operator, sizes, has, "float32", decay)
+    if decay == "slow":
+        arrays["A"] = arrays["A"] * 0.02
     activations = {spec.name for spec in operator.inputs if spec.activation}
     return {
         name: torch.from_numpy(array).to(getattr(torch, dtype) if name in activations else torch.float32).to(DEVICE)
@@ -79,10 +79,3 @@ def hold_kernels(error_of: Any, figure: Any) -> Callable[..., None]:
             figure(f"{operator.torch_name}, GPU kernel, {name}, {dtype}", error, LIMITS[dtype])
 
     return hold
-
-
-@pytest.fixture
-def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of 16 tokens and more, so that short sequences have several."""
-    monkeypatch.setattr("mdm.plugins.gpu.variants.UNIT", 16)
-    monkeypatch.setattr("mdm.plugins.gpu.variants.SHORTEST", 16)

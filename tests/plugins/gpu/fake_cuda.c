@@ -2,9 +2,11 @@
  *
  *   FAKE_CUDA_LOG         the file where calls are written, one a line
  *   FAKE_CUDA_CAPABILITY  of its one GPU: 90
+ *   FAKE_CUDA_MULTIPROCESSORS of it: 132
  *   FAKE_CUDA_SHARED      bytes of shared memory a block of it may have: 232448
  *   FAKE_CUDA_FAIL        a function that fails, and with which status: cuLaunchKernel:700
- *   FAKE_CUDA_ARGUMENTS   what a launch's arguments are, a letter each: p pointer, i int, f float
+ *   FAKE_CUDA_ARGUMENTS   what a launch's arguments are, a letter each: p pointer, i int, f float; for every kernel
+ *                         alike, or by the functions' names: "one=pp other=pif"
  *
  * With -DLACKS_cuLaunchKernel it has no such function.
  */
@@ -44,6 +46,8 @@ static uintptr_t next_handle = 0x100;
 static Handle context_stack[64];
 static int contexts = 0;
 
+static char names[256][64]; /* of functions, by the last byte of their handle */
+
 static Handle new_handle(void) { return (Handle)next_handle++; }
 
 int cuGetErrorName(int status, const char** name) {
@@ -71,6 +75,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   CALL(" %d %d", attribute, device);
   const int capability = atoi(told("FAKE_CUDA_CAPABILITY", "90"));
   *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : -1;
+  if (attribute == 16) *value = atoi(told("FAKE_CUDA_MULTIPROCESSORS", "132"));
   if (attribute == 97) *value = atoi(told("FAKE_CUDA_SHARED", "232448"));
   return 0;
 }
@@ -86,9 +91,11 @@ int cuModuleLoadData(Handle* module, const void* image) {
   *module = new_handle();
   return contexts ? 0 : 201;
 }
+int cuModuleUnload(Handle module) { CALL(" %p", module); return 0; }
 int cuModuleGetFunction(Handle* function, Handle module, const char* name) {
   CALL(" %p %s", module, name);
   *function = new_handle();
+  snprintf(names[(uintptr_t)*function % 256], sizeof(names[0]), "%s=", name);
   return 0;
 }
 int cuFuncSetAttribute(Handle function, int attribute, int value) {
@@ -98,7 +105,9 @@ int cuFuncSetAttribute(Handle function, int attribute, int value) {
 int cuLaunchKernel(Handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, Handle stream, void** arguments, void** extra) {
   char values[2048] = "";
-  for (const char* kind = told("FAKE_CUDA_ARGUMENTS", ""); *kind; ++kind, ++arguments) {
+  const char *kind = told("FAKE_CUDA_ARGUMENTS", ""), *name = names[(uintptr_t)function % 256];
+  if (strchr(kind, '=')) kind = strstr(kind, name) ? strstr(kind, name) + strlen(name) : "";
+  for (; *kind && *kind != ' '; ++kind, ++arguments) {
     char* end = values + strlen(values);
     const size_t room = sizeof(values) - strlen(values);
     if (*kind == 'p') snprintf(end, room, " %#llx", (unsigned long long)*(uint64_t*)*arguments);

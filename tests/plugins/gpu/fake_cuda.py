@@ -28,6 +28,7 @@ ARGUMENTS = (
     Argument("global_scratch", "scratch", 1),
     Argument("profile_scratch", "scratch", 1),
 )
+GRID = ("n/BLOCK", "B", "1")
 
 
 @cache
@@ -58,7 +59,7 @@ def entry_of(
 ) -> tuple[Entry, bytes]:
     stream, images = compress({name: (image_of(variant, name), shared) for name in names})
     fields = {**vars(variant), "constants": dict(variant.constants)}
-    made = Entry(**fields, symbol=variant.kernel, arguments=ARGUMENTS, images=images, packed=len(stream))
+    made = Entry(**fields, symbol=variant.kernel, arguments=ARGUMENTS, grid=GRID, images=images, packed=len(stream))
     return made, stream
 
 

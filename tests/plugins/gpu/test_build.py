@@ -22,11 +22,12 @@ HERE = Path(__file__).parent
 ADD = Variant("scaled_add", "bfloat16", {"BLOCK": 1024}, 4, 1)
 PRODUCT = Variant("product", "float16", {"SIZE": 64}, 4, 1)
 _ADD_ARGUMENTS = (("x", "*T", 16), ("y", "*T", 16), ("out", "*T", 16), ("n", "i32", 8), ("scale", "fp32", 1))
+ONE = ("1", "1", "1")
 SOME_KERNELS = {
-    "scaled_add": Kernel("some_kernels", _ADD_ARGUMENTS),
-    "product": Kernel("some_kernels", (("a", "*T", 16), ("b", "*T", 16), ("out", "*fp32", 16))),
-    "hoarder": Kernel("some_kernels", (("x", "*T", 16), ("out", "*T", 16), ("steps", "i32", 1))),
-    "one_too_many": Kernel("some_kernels", (("x", "*T", 1),)),
+    "scaled_add": Kernel("some_kernels", _ADD_ARGUMENTS, ("n/BLOCK", "1", "1")),
+    "product": Kernel("some_kernels", (("a", "*T", 16), ("b", "*T", 16), ("out", "*fp32", 16)), ONE),
+    "hoarder": Kernel("some_kernels", (("x", "*T", 16), ("out", "*T", 16), ("steps", "i32", 1)), ONE),
+    "one_too_many": Kernel("some_kernels", (("x", "*T", 1),), ONE),
 }
 
 
@@ -94,7 +95,7 @@ def architecture_of(cubin: bytes) -> int:
     ],
 )
 def test_a_kernel_that_cannot_be_built(tmp_path: Path, variant: Variant, arguments: Any, said: str) -> None:
-    kernels = {variant.kernel: Kernel("some_kernels", arguments)}
+    kernels = {variant.kernel: Kernel("some_kernels", arguments, ONE)}
     with pytest.raises(EngineError, match=f"'{variant.kernel} .*' for sm_90:? {said}") as caught:
         build_pack(tmp_path / "pack", [variant], architectures=["90"], jobs=1, kernels=kernels)
     assert len(str(caught.value).splitlines()) <= 3

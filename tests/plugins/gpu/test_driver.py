@@ -18,9 +18,10 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
 
 
 def test_a_device_tells_what_it_is(told: Told) -> None:
-    told(CAPABILITY="121", SHARED="101376")
+    told(CAPABILITY="121", SHARED="101376", MULTIPROCESSORS="48")
     device = Device(Driver(fake_cuda()))
-    assert (device.name, device.capability, device.shared_limit) == ("Fake GPU", (12, 1), 101376)
+    assert (device.name, device.capability) == ("Fake GPU", (12, 1))
+    assert (device.multiprocessors, device.shared_limit) == (48, 101376)
     assert device.driver.version() == "12.8"
     device.close()
     assert told.calls("cuDevicePrimaryCtxRelease_v2") == ["cuDevicePrimaryCtxRelease_v2 40"]
@@ -97,6 +98,7 @@ def everything() -> None:
     device = Device(driver)
     driver.version()
     with device.current():
+        driver.number("cuCtxGetDevice")
         module = driver.handle("cuModuleLoadData", b"an image")
         kernel = driver.handle("cuModuleGetFunction", module, b"a kernel")
         driver.call("cuFuncSetAttribute", kernel, 8, 0)
@@ -107,6 +109,7 @@ def everything() -> None:
             driver.replay(graph, stream)
             driver.free_graph(graph)
             driver.synchronize(stream)
+        driver.call("cuModuleUnload", module)
         pointer = driver.allocate(16)
         driver.upload(pointer, bytes(16))
         driver.download(pointer, 16)

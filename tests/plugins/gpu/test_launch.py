@@ -87,6 +87,7 @@ def test_threads_load_a_kernel_once(told: Told, pack: Pack) -> None:
         ([0.0, *ARGUMENTS[1:]], "'x' has the wrong type\nfound float, expected pointer"),
         ([*ARGUMENTS[:2], True, 0.5], "'n' has the wrong type\nfound bool, expected i32"),
         ([*ARGUMENTS[:3], "a"], "'scale' has the wrong type\nfound str, expected f32"),
+        ([0, *ARGUMENTS[1:]], "'x' is null, with grid .7, 2, 1., n 1064"),
         ([0x1008, *ARGUMENTS[1:]], r"'x' is misaligned, .*n 1064.*\nfound 0x1008, expected a multiple of 16"),
         ([*ARGUMENTS[:2], 1063, 0.5], r"'n' is misaligned.*\nfound 1063, expected a multiple of 8"),
         ([*ARGUMENTS[:2], 2**31, 0.5], "too large for its type\nfound grid .7, 2, 1., n 2147483648"),
@@ -132,6 +133,8 @@ def test_a_kernel_that_does_not_load(told: Told, pack: Pack, function: str) -> N
         EngineError, match=rf"scaled_add.*\(PTX\) cannot be loaded on Fake GPU\n{function}.*209.*\n.*12\.8"
     ):
         kernels.prepare([VARIANT])
+    modules = [call.split()[1] for call in told.calls("cuModuleGetFunction")]
+    assert [call.split()[1] for call in told.calls("cuModuleUnload")] == modules
     told(FAIL="")
     kernels.launch(VARIANT, GRID, ARGUMENTS)  # a failure is not remembered
 

@@ -32,16 +32,21 @@ def probe() -> str:
     if compiler is None:
         pytest.skip("no C++ compiler")
     made = Path(mkdtemp(prefix="launch_probe")) / "launch_probe"
-    files = [Path(__file__).with_name("launch_probe.cpp"), SOURCES / "launch.cpp", SOURCES / "pack.cpp"]
+    files = [
+        Path(__file__).with_name("launch_probe.cpp"),
+        *(SOURCES / name for name in ("scan.cpp", "launch.cpp", "pack.cpp")),
+    ]
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *SANITIZE, f"-I{SOURCES}"]
     subprocess.run([compiler, *flags, *map(str, files), "-o", str(made), "-ldl"], check=True)
     return str(made)
 
 
-def run(*words: object) -> subprocess.CompletedProcess[bytes]:
+def run(*words: object, given: str = "") -> subprocess.CompletedProcess[bytes]:
     # Leaks: the driver library is never closed, on purpose.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run([probe(), *map(str, words)], env=environment, capture_output=True, check=False)
+    return subprocess.run(
+        [probe(), *map(str, words)], env=environment, capture_output=True, check=False, input=given.encode()
+    )
 
 
 def said(*words: object) -> str:
@@ -146,6 +151,7 @@ def test_an_old_gpu(told: Told, pack: Path) -> None:
         (("p:0x10",), "wrong number of arguments\nfound 1, expected 4"),
         (("i:16", *VALUES[1:]), "'x' has the wrong type\nfound i32, expected pointer"),
         ((*VALUES[:3], "i:1"), "'scale' has the wrong type\nfound i32, expected f32"),
+        (("p:0", *VALUES[1:]), "'x' is null, with grid (7, 2, 1), n 1064, scale 0.500000"),
         (("p:0x1008", *VALUES[1:]), "'x' is misaligned, with grid (7, 2, 1), n 1064, scale 0.500000\n"
          "expected a multiple of 16"),
         ((*VALUES[:2], "i:-1063", "f:1"), "'n' is misaligned, with grid (7, 2, 1), n -1063, scale 1.000000\n"
@@ -159,6 +165,13 @@ def test_arguments_it_was_not_compiled_for(told: Told, pack: Path, values: tuple
     assert not told.calls("cuLaunchKernel")
 
 
+def test_impossible_grids(told: Told, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in ("0", "0x80000000"):
+        monkeypatch.setenv("PROBE_GRID_X", size)
+        assert f"(sm_90): impossible grid, with grid ({int(size, 0)}, 2, 1)" in launch(pack)
+    assert not told.calls("cuLaunchKernel")
+
+
 def test_what_fails_is_named(told: Told, pack: Path) -> None:
     told(FAIL="cuLaunchKernel:700")
     assert launch(pack) == (
@@ -169,10 +182,13 @@ def test_what_fails_is_named(told: Told, pack: Path) -> None:
     told(CAPABILITY="130")
     for function in ("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute"):
         told(FAIL=f"{function}:999")
+        unloaded = len(told.calls("cuModuleUnload"))
         assert launch(pack) == (
             f"the kernel '{KEY}' (PTX) cannot be loaded\n{function} failed: CUDA_ERROR_MADE_UP (999), unknown\n"
             "a newer driver may load it"
         )
+        if function != "cuModuleLoadData":  # `launch` runs the probe twice where it fails
+            assert len(told.calls("cuModuleUnload")) == unloaded + 2
     for function in ("cuInit", "cuCtxGetCurrent", "cuCtxGetId", "cuCtxGetDevice", "cuDeviceGetAttribute"):
         told(FAIL=f"{function}:100")
         assert launch(pack) == f"{function} failed: CUDA_ERROR_NO_DEVICE (100), as the test asked"

@@ -13,7 +13,7 @@ Arrays = dict[str, NDArray[np.generic]]
 DECAYS = ("typical", "strong", "none", "zero step")
 
 
-def scan_inputs(
+def operator_inputs(
     operator: Operator,
     sizes: Mapping[str, int],
     has: int,

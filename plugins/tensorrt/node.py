@@ -1,0 +1,103 @@
+"""One operator node as TensorRT sees it: the types and layouts it takes, its workspace, its launches.
+
+Nothing here needs TensorRT. `python_plugin.py` wraps it in TensorRT's classes; a test calls it as TensorRT would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from mdm.plugins.contract import ACTIVATIONS, Operator
+from mdm.plugins.errors import InputError
+from mdm.plugins.gpu.driver import Device, Driver
+from mdm.plugins.gpu.launch import Kernels
+from mdm.plugins.gpu.pack import SHIPPED, Pack
+from mdm.plugins.gpu.scan import Scans
+from mdm.plugins.gpu.variants import Plan, choose, workspace_limit
+
+
+@dataclass(frozen=True)
+class Described:
+    """What TensorRT says of an input or output."""
+
+    dims: tuple[int, ...]
+    dtype: str  # as in the contract; "" for types that no operator has
+    linear: bool = True  # plain row-major memory
+
+
+@cache
+def scans_on(device: int) -> Scans:
+    return Scans(Kernels(Pack.open(SHIPPED), Device(driver(), device)))
+
+
+@cache
+def driver() -> Driver:
+    return Driver()
+
+
+def scans_here() -> Scans:
+    """Of the GPU whose context this thread has."""
+    return scans_on(driver().number("cuCtxGetDevice"))
+
+
+class Node:
+    """A node of this operator with these optional inputs. Plans are kept: a shape that comes again costs nothing."""
+
+    def __init__(self, operator: Operator, has: int, scans: Callable[[], Scans] = scans_here) -> None:
+        try:
+            self.inputs = operator.present(has)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.operator, self.has, self._scans = operator, has, scans
+        self._plans: dict[tuple[Described, ...], Plan] = {}
+
+    def takes(self, place: int, tensors: Sequence[Described]) -> bool:
+        """Whether tensor number `place`, inputs first, may be so, where those before it are so."""
+        if len(tensors) != len(self.inputs) + 1 or not tensors[place].linear:
+            return False
+        is_parameter = place < len(self.inputs) and not self.inputs[place].activation
+        if is_parameter:
+            return tensors[place].dtype == "float32"
+        return tensors[place].dtype in (ACTIVATIONS if place == 0 else (tensors[0].dtype,))
+
+    def sizes(self, inputs: Sequence[Described]) -> dict[str, int]:
+        """By the contract's letters; an error where the shapes do not fit together."""
+        if len(inputs) != len(self.inputs):
+            raise InputError(
+                f"{self.operator.name}: attribute 'has' is {self.has}, which stands for {len(self.inputs)} inputs\n"
+                f"found {len(inputs)}, expected {', '.join(spec.name for spec in self.inputs)}"
+            )
+        try:
+            self.operator.check({spec.name: one.dims for spec, one in zip(self.inputs, inputs, strict=True)})
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return {
+            letter: size
+            for spec, one in zip(self.inputs, inputs, strict=True)
+            for letter, size in zip(spec.dims, one.dims, strict=True)
+        }
+
+    def check(self, inputs: Sequence[Described]) -> None:
+        """An error where no kernel serves these shapes: better when an engine is built than when it runs."""
+        choose(self.operator, inputs[0].dtype, self.sizes(inputs), self.has, 1, (9, 0))
+
+    def workspace(self, inputs: Sequence[Described]) -> int:
+        """Bytes for any shape up to these, on any GPU: an engine's workspace is fixed before either is known."""
+        return workspace_limit(self.operator, inputs[0].dtype, self.sizes(inputs).get("N", 0))
+
+    def prepare(self, inputs: Sequence[Described]) -> Plan:
+        """The plan for these shapes, its kernels loaded: what is not to happen while a stream is captured."""
+        key = tuple(inputs)
+        if key not in self._plans:
+            sizes = self.sizes(inputs)
+            self._plans[key] = self._scans().plan(self.operator, inputs[0].dtype, sizes, self.has)
+        return self._plans[key]
+
+    def run(self, inputs: Sequence[Described], pointers: Sequence[int], y: int, workspace: int, stream: int) -> None:
+        """Only launches, once the shapes were prepared."""
+        plan = self.prepare(inputs)
+        named: Mapping[str, int] = dict(zip((spec.name for spec in self.inputs), pointers, strict=True))
+        scratch = {name: workspace + at for name, at in plan.places.items() if name}
+        self._scans().run(plan, {**named, **scratch, "y": y}, stream)

@@ -1,0 +1,138 @@
+"""For which shapes a TensorRT engine is built: a profile says how many samples and which texts, and every graph of a
+bundle gets its inputs' shapes from that.
+
+    profile = find_profile("latency")                       # or a JSON file
+    shapes_of(manifest, "step_joint_guided", profile)       # {"base": ((1, 72, 16), (1, 84, 16), (4, 84, 16)), ...}
+
+The length of a sequence follows from the text's, of which a model has a few: beyond them it has learned no positions,
+and TensorRT-RTX dies of a profile that asks for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mdm.plugins.errors import InputError
+from mdm.runtime.json_schema import parse_json, told
+from mdm.runtime.words import nearest
+
+MAX_FILE = 2**16  # bytes
+MOST_SAMPLES = 4096
+MIB = 2**20
+
+
+class Span(NamedTuple):
+    """Least, usual and most."""
+
+    least: int
+    usual: int
+    most: int
+
+
+Shape = tuple[int, ...]
+Shapes = dict[str, tuple[Shape, Shape, Shape]]  # by input: least, usual, most
+
+
+@dataclass(frozen=True)
+class Profile:
+    name: str
+    batch: Span
+    texts: tuple[int, ...] = ()  # text lengths; none: all that the model has
+    workspace: int = 4096 * MIB  # bytes that the builder's choices may take beside the tensors
+    level: int = 3  # of the builder: 0 builds fast, 5 searches longest
+
+
+PROFILES = {
+    "latency": Profile("latency", Span(1, 1, 4), level=4),
+    "throughput": Profile("throughput", Span(1, 8, 16), level=4),
+    "edge": Profile("edge", Span(1, 1, 1), workspace=512 * MIB),
+}
+
+
+def find_profile(name: str) -> Profile:
+    """One of PROFILES, or what a JSON file says, what it leaves out being as in "latency":
+
+    {"batch": [1, 4, 8], "text": [64, 128], "workspace": 1024, "level": 3}         workspace in MiB
+    """
+    if name in PROFILES:
+        return PROFILES[name]
+    path = Path(name)
+    try:
+        content = path.read_bytes()[: MAX_FILE + 1]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"there is no profile {told(name)}{nearest(name, PROFILES)}\n"
+            f"profiles: {', '.join(PROFILES)}, or a JSON file"
+        ) from error
+    fields = parse_json(content, f"profile '{path}'", MAX_FILE)
+    return _profile(path, fields)
+
+
+def _profile(path: Path, fields: Any) -> Profile:
+    known = ("batch", "text", "workspace", "level")
+    if not isinstance(fields, dict) or not {*fields} <= {*known}:
+        raise InputError(f"profile '{path}' is {told(fields)}\nexpected an object of {', '.join(known)}")
+    usual = PROFILES["latency"]
+    batch = _numbers(path, "batch", fields.get("batch", [*usual.batch]), MOST_SAMPLES)
+    if len(batch) != 3 or sorted(batch) != batch:
+        raise InputError(f"profile '{path}': 'batch' is {batch}, expected three sizes: least, usual, most")
+    texts = _numbers(path, "text", fields.get("text", []), 2**20)
+    (workspace,) = _numbers(path, "workspace", [fields.get("workspace", usual.workspace // MIB)], 2**20)
+    level = fields.get("level", usual.level)
+    if type(level) is not int or not 0 <= level <= 5:
+        raise InputError(f"profile '{path}': 'level' is {told(level)}, expected 0 to 5")
+    return Profile(path.stem, Span(*batch), tuple(sorted(texts)), workspace * MIB, level)
+
+
+def _numbers(path: Path, name: str, found: Any, most: int) -> list[int]:
+    if not isinstance(found, list) or any(type(n) is not int or not 0 < n <= most for n in found):
+        raise InputError(f"profile '{path}': '{name}' is {told(found)}, expected numbers from 1 to {most}")
+    return found
+
+
+def shapes_of(manifest: Mapping[str, Any], graph: str, profile: Profile) -> Shapes:
+    """The shapes of a graph's inputs."""
+    described = manifest["graphs"][graph]
+    spans = _spans(manifest, graph, profile)
+    shapes: Shapes = {}
+    for spec in described["inputs"]:
+        open_ = [size for size in spec["shape"] if isinstance(size, str) and size not in spans]
+        if open_:
+            raise InputError(
+                f"graph '{graph}': input '{spec['name']}' leaves '{open_[0]}' open, which no profile knows\n"
+                f"known: {', '.join(spans)}"
+            )
+        least, usual, most = (
+            tuple(size if isinstance(size, int) else spans[size][which] for size in spec["shape"]) for which in range(3)
+        )
+        shapes[spec["name"]] = least, usual, most
+    return shapes
+
+
+def _spans(manifest: Mapping[str, Any], graph: str, profile: Profile) -> dict[str, Span]:
+    """Of the dimensions that a graph leaves open, by name."""
+    described, picture, text = manifest["graphs"][graph], manifest["picture"], manifest["text"]
+    spans = {"batch": profile.batch}
+    if picture is not None:  # the halves of an image autoencoder: for the model's own pictures
+        side = picture["size"] // picture["factor"]
+        spans |= dict.fromkeys(("height", "width"), Span(side, side, side))
+        spans |= dict.fromkeys(("picture_height", "picture_width"), Span(*[picture["size"]] * 3))
+    if text is not None:
+        lengths = _texts(graph, text["lengths"], profile)
+        runs = described["role"] in ("denoise", "step") and described["image_size"]
+        M = (described["image_size"] // picture["patch"]) ** 2 * described["pictures"] if runs else 0
+        spans["tokens"] = Span(M + lengths[0], M + lengths[-1], M + lengths[-1])
+    return spans
+
+
+def _texts(graph: str, lengths: list[int], profile: Profile) -> list[int]:
+    unknown = sorted({*profile.texts} - {*lengths})
+    if unknown:
+        raise InputError(
+            f"profile '{profile.name}' asks for texts of {', '.join(map(str, unknown))} tokens, for graph '{graph}'\n"
+            f"the model has {', '.join(map(str, sorted(lengths)))}"
+        )
+    return sorted(profile.texts or lengths)
