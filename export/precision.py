@@ -1,8 +1,9 @@
 """Which parts of a half-precision graph stay float32, in one table.
 
 A graph is strongly typed: every node's type is written in the file, and no builder chooses another. Work of a role in
-`ISLANDS` is float32 always; the scans' state, decay, softplus and parameters are float32 by the operators' contract;
-everything else has the type asked for, unless its module path fits a pattern in `fp32_layers`.
+`ISLANDS` is float32 always; a scan's state, decay and softplus, the short convolution's sums and the parameters of both
+are float32 by the operators' contract; everything else has the type asked for, unless its module path fits a pattern in
+`fp32_layers`.
 """
 
 from __future__ import annotations

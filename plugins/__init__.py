@@ -1,4 +1,4 @@
-"""Ground floor: the two scan operators and what every other folder shares with them.
+"""Ground floor: our operators (two scans, one short convolution) and what every other folder shares with them.
 
 `contract.py` says what the operators are; `functions.py` and `linear_attention.py` write them in ONNX's own operators;
 `cpu/` is the native ONNX Runtime library, which `library.py` finds and registers. Imports nothing else of this project.

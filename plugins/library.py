@@ -1,4 +1,4 @@
-"""The native CPU library of the scan operators: where it is, what it runs on, how ONNX Runtime gets it.
+"""The native CPU library of our operators: where it is, what it runs on, how ONNX Runtime gets it.
 
 options = onnxruntime.SessionOptions()
 register(options)          # before the session is made

@@ -126,7 +126,7 @@ class OrtGraph:
 
 
 def session_options(weights: Path, threads: int | None = None, native: bool = True) -> SessionOptions:
-    """For a graph whose weights lie in that folder; `native`: with our library of scans, where it was built."""
+    """For a graph whose weights lie in that folder; `native`: with our library, where it was built."""
     from onnxruntime import SessionOptions
 
     options = SessionOptions()
@@ -243,7 +243,8 @@ class OrtBackend:
         return session
 
     def options(self, operators: Collection[str]) -> SessionOptions:
-        # The library computes on the CPU. On a GPU that pays for Mamba-1 alone, whose body is a loop over tokens.
+        # The library computes on the CPU. On a GPU that pays for Mamba-1 alone, whose body is a loop over tokens; the
+        # convolutions of such a graph come along.
         looped = f"{DOMAIN}.{SELECTIVE_SCAN.name}" in operators
         return session_options(self.bundle.path, self.threads, native=self.device == "cpu" or looped)
 

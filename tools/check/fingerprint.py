@@ -31,7 +31,7 @@ def fingerprint(model: Model) -> dict[str, str]:
 
 
 def scans() -> str:
-    """What computes the scan operators on the CPU."""
+    """What computes our operators on the CPU."""
     try:
         return f"native library, {instruction_set()}, {sha256_of(cpu_library_path())}"
     except EnvironmentLackError:
