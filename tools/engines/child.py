@@ -1,8 +1,9 @@
 """The process that builds one engine: TensorRT may end it, and then ends nothing else.
 
-    python -m mdm.tools.engines.child < request.json          # Request's fields; without a model it only says what it is
+    python -m mdm.tools.engines.child < request.json          # Request's fields; {} asks only what it is
 
-It tells its progress in lines of JSON: {"phase": "parse"}, {"phase": "build"}, then {"done": {...}} or {"error": "..."}.
+It tells its progress in lines of JSON: {"phase": "parse"}, {"phase": "build"}, then {"done": {...}} or
+{"error": "..."}.
 TensorRT's own messages go to stderr.
 """
 
