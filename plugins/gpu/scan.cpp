@@ -170,10 +170,13 @@ void choose_conv(const Pack& pack, const Problem& in, const Gpu&, Plan& plan) {
     no_kernel(in, "K = " + std::to_string(in.K), "one of 2, 3, 4");
   }
   if (in.D % 16) no_kernel(in, "D = " + std::to_string(in.D), "a multiple of 16");
+  const Entry& conv = only(pack, "short_conv", in.dtype, {{"K", in.K}});
+  const std::int64_t most = 65535 * conv.constants.at("T");  // a grid's second size is 65535 at most
+  if (in.L > most) no_kernel(in, "L = " + std::to_string(in.L), "at most " + std::to_string(most));
   if (in.B * in.L * in.D == 0) return;
   require_room(in, in.D);
   const Numbers numbers{{"B", in.B}, {"L", in.L}, {"D", in.D}, {"has", in.has}};
-  plan.launches.push_back(launch_of(only(pack, "short_conv", in.dtype, {{"K", in.K}}), numbers));
+  plan.launches.push_back(launch_of(conv, numbers));
 }
 
 // An operator: its required inputs, its optional ones by the bits of `has`, and how it is chosen.

@@ -228,12 +228,19 @@ def choose(
 
 def check_model(config: Mapping[str, Any]) -> None:
     """An error where a model, by its config, has an operator that no kernel serves: types are all alike in this."""
-    inner, N, G = config["expand"] * config["width"], config["state"], config.get("groups") or 1
-    tokens = {"B": 1, "L": 1, "G": G, "N": N, "K": config["conv"]}
-    if config["mixer"] == "mamba1":
+
+    def size(name: str) -> int:
+        value = config.get(name)
+        if type(value) is not int or value < 1:
+            raise InputError(f"the model's config says {name} = {value!r:.40}, expected a whole number above 0")
+        return value
+
+    inner, N, G = size("expand") * size("width"), size("state"), size("groups")
+    tokens = {"B": 1, "L": 1, "G": G, "N": N, "K": size("conv")}
+    if config.get("mixer") == "mamba1":
         scan, sizes, mixed = SELECTIVE_SCAN, {"D": inner}, inner
     else:
-        P = config["head"]
+        P = size("head")
         scan, sizes, mixed = SSD_SCAN, {"H": inner // P, "P": P}, inner + 2 * G * N
     for operator, found in ((scan, tokens | sizes), (SHORT_CONV, tokens | {"D": mixed})):
         choose(operator, "float32", found, 0, 1, (9, 0))
@@ -311,6 +318,8 @@ def _choose_conv(dtype: str, sizes: Mapping[str, int], has: int) -> Plan:
     B, L, D, K = (sizes[letter] for letter in "BLDK")
     _require(SHORT_CONV, "K", K, K in CONV_TAPS, f"one of {', '.join(map(str, CONV_TAPS))}")
     _require(SHORT_CONV, "D", D, D % 16 == 0, "a multiple of 16")
+    T = conv_variant(dtype, K).constants["T"]
+    _require(SHORT_CONV, "L", L, L <= 65535 * T, f"at most {65535 * T}")  # a grid's second size is 65535 at most
     if not B * L * D:
         return Plan((), ())
     _require_room(SHORT_CONV, B, L, D)

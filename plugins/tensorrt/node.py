@@ -17,6 +17,8 @@ from mdm.plugins.gpu.pack import SHIPPED, Pack
 from mdm.plugins.gpu.scan import Scans
 from mdm.plugins.gpu.variants import Plan, choose, workspace_limit
 
+MOST_PLANS = 64  # of a node; making one anew takes microseconds
+
 
 @dataclass(frozen=True)
 class Described:
@@ -101,6 +103,8 @@ class Node:
         key = tuple(inputs)
         if key not in self._plans:
             sizes = self.sizes(inputs)
+            if len(self._plans) == MOST_PLANS:
+                self._plans.clear()
             self._plans[key] = self._scans().plan(self.operator, inputs[0].dtype, sizes, self.has)
         return self._plans[key]
 

@@ -1,11 +1,16 @@
-"""What an engine file was built from and for. Engines lie in a bundle's folder `engines`, each with a record beside it,
-under a key of everything that makes it another engine."""
+"""What an engine file was built from and for.
+
+Engines lie in a bundle's folder `engines`, under a key of everything that makes it another engine. What is known of
+them lies in the user's cache: a bundle may come from a stranger, and TensorRT believes an engine and a timing cache
+whatever they say.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +20,15 @@ from mdm.plugins.gpu.pack import SHIPPED
 from mdm.runtime.bundle import ENGINES, Bundle
 from mdm.runtime.tensorrt.profiles import Profile, shapes_of
 
+BUILDER = 1  # raised when what builds engines changes them
+
 
 def facts_of(bundle: Bundle, graph: str, profile: Profile, place: Mapping[str, str], plugins: bool) -> dict[str, Any]:
     """Everything that matters. `place`: the TensorRT that builds, and the GPU it builds for."""
     described = bundle.graph(graph)
     files = [described["file"], *described["weights"]]
     return {
+        "builder": BUILDER,
         "graph": graph,
         "precision": bundle.manifest["precision"],
         "files": {name: bundle.manifest["files"][name]["sha256"] for name in files},
@@ -46,17 +54,28 @@ def engine_path(bundle: Bundle, facts: Mapping[str, Any]) -> Path:
     return folder / f"{facts['graph']}-{key_of(facts)}.engine"
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdm-deploy"
+
+
 def timing_cache(tensorrt: str) -> Path:
-    """What TensorRT has measured on this machine. Not in a bundle: TensorRT believes what it reads there."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "mdm-deploy" / f"timing-{tensorrt}.cache"
+    """What TensorRT has measured on this machine."""
+    return cache_folder() / f"timing-{tensorrt}.cache"
+
+
+def record_path(engine: Path) -> Path:
+    """Of an engine that was built here."""
+    return cache_folder() / "engines" / f"{engine.stem}.json"
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Whole, or not at all; a link that lies in the way is not followed."""
+    """Whole, or not at all, whoever else writes it; a link that lies in the way is not followed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.part")
-    partial.unlink(missing_ok=True)
-    with partial.open("xb") as file:
-        file.write(content)
-    os.replace(partial, path)
+    number, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise

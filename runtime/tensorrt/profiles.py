@@ -120,6 +120,8 @@ def _spans(manifest: Mapping[str, Any], graph: str, profile: Profile) -> dict[st
         side = picture["size"] // picture["factor"]
         spans |= dict.fromkeys(("height", "width"), Span(side, side, side))
         spans |= dict.fromkeys(("picture_height", "picture_width"), Span(*[picture["size"]] * 3))
+    if text is not None and picture is None:
+        raise InputError("the manifest has texts and no pictures\nexpected both: an MDM makes either")
     if text is not None:
         lengths = _texts(graph, text["lengths"], profile)
         runs = described["role"] in ("denoise", "step") and described["image_size"]

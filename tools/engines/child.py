@@ -9,9 +9,12 @@ TensorRT's own messages go to stderr.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +62,16 @@ def build(request: Request) -> dict[str, Any]:
         raise RuntimeError(f"it refuses the profile {request.shapes}")
     timing = Path(request.timing)
     cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    if cache is not None:  # another GPU's is not taken, and costs only time
+        config.set_timing_cache(cache, ignore_mismatch=False)
     tell(phase="build")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError("it builds no engine, and does not say why")
     write_whole(Path(request.engine), memoryview(plan))
-    write_whole(timing, memoryview(config.get_timing_cache().serialize()))
+    if (cache := config.get_timing_cache()) is not None:
+        with suppress(OSError):  # the engine is there without it
+            write_whole(timing, memoryview(cache.serialize()))
     return {"layers": len(layers), "plugins": layers.count(trt.LayerType.PLUGIN_V3), "bytes": plan.nbytes}
 
 
@@ -80,6 +86,8 @@ def tell(**content: Any) -> None:
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux":  # it ends with whoever asked, however that ends
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     # What TensorRT prints must not come between our lines.
     ANSWERS = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

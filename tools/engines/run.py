@@ -17,8 +17,8 @@ from typing import Any
 from mdm.plugins.errors import EngineError, EnvironmentLackError, MdmError
 from mdm.plugins.gpu.driver import Device, Driver
 from mdm.plugins.gpu.variants import check_model
-from mdm.runtime.bundle import Bundle
-from mdm.runtime.tensorrt.engines import engine_path, facts_of, timing_cache, write_whole
+from mdm.runtime.bundle import Bundle, sha256_of
+from mdm.runtime.tensorrt.engines import engine_path, facts_of, record_path, timing_cache, write_whole
 from mdm.runtime.tensorrt.profiles import Profile
 from mdm.tools.engines.child import Request
 
@@ -67,15 +67,15 @@ def build_engines(
     for graph in graphs:
         facts = facts_of(bundle, graph, profile, place, plugins)
         path = engine_path(bundle, facts)
-        record = path.with_suffix(".json")
+        record = record_path(path)
         known = read_record(record, facts)
-        if known and path.is_file() and not force:
+        if known and not force and path.is_file() and sha256_of(path) == known["sha256"]:
             yield Engine(graph, path, known["seconds"], False, known["contents"])
             continue
         bundle.graph_bytes(graph)  # its hash is right
         started = time.monotonic()
         request = Request(
-            str(bundle.file(bundle.graph(graph)["file"]).resolve()), str(path.resolve()),
+            str(bundle.file(bundle.graph(graph)["file"]).resolve()), str(path.parent.resolve() / path.name),
             str(timing_cache(place["tensorrt"])), facts["shapes"], profile.workspace, profile.level,
             plugins,
         )  # fmt: skip
@@ -85,8 +85,8 @@ def build_engines(
         except EngineError as error:
             raise EngineError(f"graph '{graph}' of bundle '{bundle.path}' was not built\n{error}") from error
         seconds = round(time.monotonic() - started, 1)
-        told_of = json.dumps({"facts": facts, "seconds": seconds, "contents": contents}, indent=1)
-        write_whole(record, told_of.encode())
+        told_of = {"facts": facts, "sha256": sha256_of(path), "seconds": seconds, "contents": contents}
+        write_whole(record, json.dumps(told_of, indent=1).encode())
         yield Engine(graph, path, seconds, True, contents)
 
 
@@ -103,7 +103,7 @@ def ask(request: Request | None, told: Callable[[str], object]) -> dict[str, Any
     answer: dict[str, Any] = {}
     with TemporaryFile("w+", errors="replace") as words:
         child = subprocess.Popen(
-            [sys.executable, "-m", "mdm.tools.engines.child"],
+            [sys.executable, "-P", "-m", "mdm.tools.engines.child"],  # -P: nothing from the folder it is started in
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, text=True,
         )  # fmt: skip
         assert child.stdin is not None
@@ -149,10 +149,10 @@ def gpu() -> str:
 
 
 def read_record(path: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record beside an engine, if it is of these facts."""
+    """What was written of an engine, if it is of these facts."""
     try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        record: dict[str, Any] = json.loads(path.read_bytes())
+        whole = float(record["seconds"]) >= 0 and {"plugins", "bytes"} <= {*record["contents"]} and record["sha256"]
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    fits = isinstance(record, dict) and record.get("facts") == facts and {"seconds", "contents"} <= {*record}
-    return record if fits else None
+    return record if whole and record.get("facts") == facts else None

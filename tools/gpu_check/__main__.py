@@ -95,6 +95,7 @@ def run(asked: argparse.Namespace, words: list[str], start: float) -> int:
         if asked.cases is not None:
             tried, kernels = cases.small(asked.cases), frozenset()
         made.verified = verify.verify(runner, tried, kernels, lambda: left(UNTIL["verify"]), progress)
+        report.write(made, asked.out)  # whatever comes later
     if "sanitize" in parts:
         progress("sanitize")
         given = ["--sources"] if asked.sources else []

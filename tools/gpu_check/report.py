@@ -110,6 +110,7 @@ def _verified(found: Verified) -> Iterator[str]:
     for title, told in (
         ("Faults", [f"{fault.kernels}, {fault.case}: {fault.what}" for fault in found.faults]),
         ("Kernels that never ran", found.untried),
+        ("Scans that could not be tried", [f"{case}: {why}" for case, why in sorted(found.skipped.items())]),
         ("Kernels that do not run here", [f"{key}: {why}" for key, why in sorted(found.left_out.items())]),
     ):
         if told:

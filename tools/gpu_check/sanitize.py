@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -46,11 +47,15 @@ def _run(tool: str, name: str, out: Path, words: Sequence[str], seconds: float) 
     command = [tool, "--tool", name, "--error-exitcode", str(FOUND_ERRORS), sys.executable, script, *words]
     command += ["--part", "verify", "--cases", str(CASES[name]), "--out", str(out / name)]
     environment = {**os.environ, ALONE: "1"}
-    try:
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return Sanitized(name, False, True, f"not done after {seconds:.0f} seconds")
-    return read(name, run.returncode, run.stdout + run.stderr)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as run:
+        try:
+            output, _ = run.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)  # with the program it runs, or that would go on beside the timing
+            return Sanitized(name, False, True, f"not done after {seconds:.0f} seconds")
+    return read(name, run.returncode, output)
 
 
 def read(name: str, code: int, output: str) -> Sanitized:
@@ -59,7 +64,7 @@ def read(name: str, code: int, output: str) -> Sanitized:
     first = re.search(r"========= ((?:Invalid|Error|Warning|Hazard|Misaligned|Program hit).*)", output)
     if not summary:
         said = (output.strip().splitlines() or ["and said nothing"])[-1]
-        return Sanitized(name, False, code == 0, f"ended with {code}: {said}")
+        return Sanitized(name, False, True, f"not done: ended with {code}: {said}")
     clean = code == 0 and re.match(r"0 (errors|hazards)", summary[-1]) is not None
     found = f"; first: {first[1]}" if first and not clean else ""
     return Sanitized(name, True, clean, f"{summary[-1]} in {CASES[name]} scans{found}")

@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from mdm.plugins.errors import EnvironmentLackError
+from mdm.plugins.errors import EnvironmentLackError, MdmError
 from mdm.plugins.gpu.counts import Chip, Work, done, floor, least_time
 from mdm.tools.bench.operator_inputs import operator_inputs
 from mdm.tools.gpu_check.cases import COMPILED, GOALS, TIMED, Case
@@ -58,7 +58,10 @@ def time_all(
     for case in TIMED:
         if seconds_left() > RESERVE:
             progress(f"times: {case}")
-            rows.append(time_ours(runner, chip, watch, case))
+            try:
+                rows.append(time_ours(runner, chip, watch, case))
+            except (MdmError, RuntimeError) as failure:  # no memory for it, among others: the other times are not lost
+                progress(f"not timed: {' '.join(str(failure).split()):.200}")
     with_goal = [goal.case for goal in GOALS]
     waiting = [(row, rival) for row in rows for rival in rivals_of(row.case)]
     waiting.sort(key=lambda pair: (pair[0].case not in with_goal, pair[1] == COMPILED))
@@ -94,6 +97,7 @@ def time_rival(runner: Runner, watch: Stopwatch, row: Row, name: str, seconds: f
                 off = relative_error(to_ours(other()), expected.double())
                 if not off <= ALIKE:
                     row.notes[name] = f"computes something else: off ours by {off:.2g}"
+                    continue
                 time = watch.time(other)
                 if name not in row.rivals or time.median < row.rivals[name].median:
                     row.rivals[name] = time

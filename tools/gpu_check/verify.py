@@ -52,13 +52,14 @@ class Verified:
     tallies: dict[tuple[str, str, str], Tally] = field(default_factory=dict)  # by kernel, type, image
     images: dict[str, str] = field(default_factory=dict)  # of the kernels that ran
     faults: list[Fault] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # cases that could not be tried, and why
     left_out: dict[str, str] = field(default_factory=dict)  # kernels that this GPU does not run, and why
     untried: list[str] = field(default_factory=list)  # kernels that it may run, and did not
     broken: bool = False  # a launch failed, after which CUDA may not go on in this process
 
     @property
     def holds(self) -> bool:
-        return bool(self.runs) and not (self.faults or self.untried)
+        return bool(self.runs) and not self.faults and (not self.untried or bool(self.late))
 
 
 def verify(
@@ -84,12 +85,16 @@ def verify(
 
 
 def _verify_case(runner: Runner, case: Case, found: Verified, capture: bool) -> None:
-    given = inputs_of(case)
-    inputs = {name: Guarded.holding(value, runner.device) for name, value in given.items()}
-    absent = absent_of(case, runner.device)
-    expected = reference(case, given, runner.device)
+    try:
+        given = inputs_of(case)
+        inputs = {name: Guarded.holding(value, runner.device) for name, value in given.items()}
+        absent = absent_of(case, runner.device)
+        expected = reference(case, given, runner.device)
+        own = runner.plan(case)
+    except (MdmError, RuntimeError) as failure:  # no memory for its reference, among others
+        found.skipped[str(case)] = " ".join(str(failure).split())[:300]
+        return
     found.cases += 1
-    own = runner.plan(case)
     for plan in (own, *(plan for plan in plans(case) if plan != own)):
         images = _prepare(runner, plan, found)
         if not images:
@@ -102,8 +107,10 @@ def _verify_case(runner: Runner, case: Case, found: Verified, capture: bool) -> 
             error = relative_error(y.tensor, expected)
             if not error <= LIMITS[case.dtype]:
                 faults.append(f"error {error:.3g}, at most {LIMITS[case.dtype]:.3g} expected")
-            spoiled = {name: guarded.spoiled() for name, guarded in {**scratch, "y": y}.items()}
+            spoiled = {name: guarded.spoiled() for name, guarded in {**inputs, **scratch, "y": y}.items()}
             faults += [f"wrote to the guard of '{name}', {where}" for name, where in spoiled.items() if where]
+            changed = [name for name, held in inputs.items() if not torch.equal(held.tensor.cpu(), given[name])]
+            faults += [f"wrote to its input '{name}'" for name in changed]
             if capture and plan is own:
                 faults += _replay(runner, plan, buffers, y)
                 found.captured += 1

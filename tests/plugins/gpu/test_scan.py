@@ -112,7 +112,8 @@ def test_cpp_chooses_as_python_does() -> None:
         groups = rng.choice([1, 1, 2, 3])
         states = SSD_STATES if operator is SSD_SCAN else SELECTIVE_STATES
         sizes = {
-            "B": rng.choice([0, 1, 2, 5, 8, 70000]), "L": rng.choice([0, 1, 64, 300, 1064, 4494, 16384, 1 << 20]),
+            "B": rng.choice([0, 1, 2, 5, 8, 70000]),
+            "L": rng.choice([0, 1, 64, 300, 1064, 4494, 16384, 1 << 20, 1 << 21]),
             "D": groups * rng.choice([8, 16, 100, 512, 1024, 3072]), "H": groups * rng.choice([1, 4, 16, 64, 128]),
             "P": rng.choice([16, 32, 64, 96, 128]), "G": groups, "N": rng.choice([*states, *states, 48]),
             "K": rng.choice([2, 3, 4, 4, 5]),

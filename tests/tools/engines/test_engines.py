@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,9 @@ def test_engines_are_built_once(bundle: Path, rig: dict[str, str]) -> None:
     assert len({made["file"], bodies["file"], edge["file"]}) == 3 == len(engines(bundle))
     assert not [*(bundle / "engines").glob("*.part")]
 
-    record = json.loads(Path(made["file"]).with_suffix(".json").read_text())
-    facts = record["facts"]
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "mdm-deploy"
+    record = cache / "engines" / Path(made["file"]).with_suffix(".json").name
+    facts = json.loads(record.read_text())["facts"]
     assert (facts["graph"], facts["precision"], facts["gpu"]) == (TINY, "fp16", "no GPU")
     assert facts["shapes"]["base"] == [[1, 8, 16], [1, 20, 16], [4, 20, 16]]
     assert facts["tensorrt"]
@@ -65,13 +68,17 @@ def test_engines_are_built_once(bundle: Path, rig: dict[str, str]) -> None:
     assert {name: manifest["files"][name]["sha256"] for name in facts["files"]} == facts["files"]
     assert {"step_text.onnx", "derived.safetensors"} <= {*facts["files"]}
 
-    (timing,) = (Path(os.environ["XDG_CACHE_HOME"]) / "mdm-deploy").iterdir()
-    assert timing.name == f"timing-{facts['tensorrt']}.cache"
-    assert {path.suffix for path in (bundle / "engines").iterdir()} == {".engine", ".json"}
+    assert {path.name for path in cache.iterdir()} == {"engines", f"timing-{facts['tensorrt']}.cache"}
+    assert {path.suffix for path in (bundle / "engines").iterdir()} == {".engine"}
 
-    Path(made["file"]).with_suffix(".json").write_text("{")  # a record that was cut: as if nothing were there
+    for spoiled in ("{", "[]", '{"facts": 3}', json.dumps(json.loads(record.read_text()) | {"contents": {}})):
+        record.write_text(spoiled)  # as if nothing were known
+        (mended,) = json.loads(build(bundle, rig, *words).stdout)["engines"]
+        assert mended["built"]
+    Path(made["file"]).write_bytes(b"another's engine")
     (mended,) = json.loads(build(bundle, rig, *words).stdout)["engines"]
     assert mended["built"]
+    assert mended["bytes"] == Path(made["file"]).stat().st_size
 
 
 def test_nothing_is_written_outside(bundle: Path, rig: dict[str, str], tmp_path: Path) -> None:
@@ -84,12 +91,42 @@ def test_nothing_is_written_outside(bundle: Path, rig: dict[str, str], tmp_path:
     assert "engines' is a link, expected a folder" in run.stderr
     (bundle / "engines").unlink()
     (made,) = json.loads(build(bundle, rig, "--graph", "decode_text", "--json").stdout)["engines"]
-    for name in (made["file"], Path(made["file"]).with_suffix(".json")):
-        Path(name).unlink()
-        Path(f"{name}.part").symlink_to(outside / "part")
+    Path(made["file"]).unlink()
+    Path(made["file"]).symlink_to(outside / "engine")
     (again,) = json.loads(build(bundle, rig, "--graph", "decode_text", "--json").stdout)["engines"]
     assert again["built"]
+    assert not Path(again["file"]).is_symlink()
     assert [*outside.iterdir()] == []
+
+
+def test_nothing_is_run_from_the_folder_one_is_in(bundle: Path, rig: dict[str, str], tmp_path: Path) -> None:
+    """A stranger's bundle may hold a tensorrt.py."""
+    (bundle / "tensorrt.py").write_text("raise SystemExit('a stranger ran')")
+    command = [sys.executable, "-P", "-m", "mdm.tools.main", "build", ".", "--graph", "decode_text"]
+    run = subprocess.run(command, env=rig, cwd=bundle, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(engines(bundle)) == 1
+
+
+def test_a_build_ends_with_whoever_asked(bundle: Path, tmp_path: Path) -> None:
+    """Killed, not stopped: a child that went on would hold the GPU."""
+    environment = stand_in(tmp_path, f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+                           "time.sleep(600)")  # fmt: skip
+    command = [sys.executable, "-m", "mdm.tools.main", "build", str(bundle), "--graph", TINY]
+    asking = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path / "pid").is_file() and bool((tmp_path / "pid").read_text()))
+    child = int((tmp_path / "pid").read_text())
+    asking.kill()
+    asking.wait()
+    wait_for(lambda: not Path(f"/proc/{child}/cmdline").is_file() or not Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+def wait_for(held: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if held():
+            return
+        time.sleep(0.05)
+    raise AssertionError("after 30 seconds it does not hold")
 
 
 def stand_in(folder: Path, source: str) -> dict[str, str]:

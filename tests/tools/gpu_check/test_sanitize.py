@@ -31,8 +31,8 @@ RACES = "========= Error: Race reported between Write access at a\n"
             "racecheck", 86, RACES + "========= RACECHECK SUMMARY: 1 hazard displayed (1 error)\n", True, False,
             "1 hazard displayed (1 error) in 6 scans; first: Error: Race reported between Write access at a",
         ),
-        ("memcheck", 3, "Error: no NVIDIA driver\n", False, False, "ended with 3: Error: no NVIDIA driver"),
-        ("memcheck", 9, "", False, False, "ended with 9: and said nothing"),
+        ("memcheck", 3, "Error: no NVIDIA driver\n", False, True, "not done: ended with 3: Error: no NVIDIA driver"),
+        ("memcheck", 9, "", False, True, "not done: ended with 9: and said nothing"),
     ],
 )  # fmt: skip
 def test_what_it_says(tool: str, code: int, output: str, done: bool, holds: bool, said: str) -> None:

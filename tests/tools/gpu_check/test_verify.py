@@ -86,9 +86,14 @@ def one_before_the_start(plan: Plan, buffers: Mapping[str, Tensor]) -> None:
     y.as_strided((1,), (1,), y.storage_offset() - 1)[0] = 0
 
 
+def writes_to_an_input(plan: Plan, buffers: Mapping[str, Tensor]) -> None:
+    buffers["x"].view(-1)[3] = 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (writes_to_an_input, r"wrote to its input 'x'"),
         (one_element, r"error 0\.01\d*, at most 0\.00781 expected"),
         (not_written, r"error nan, at most"),
         (reads_absent_D, r"error nan, at most"),
@@ -179,6 +184,22 @@ def test_the_reference_is_taken_sample_by_sample() -> None:
     given = inputs_of(case)
     whole = scan.ssd_scan(**{name: value.double() for name, value in given.items()}, naive=True)  # type: ignore[arg-type]
     assert verify.relative_error(verify.reference(case, given, "cpu"), whole) < 1e-12
+
+
+def test_what_cannot_be_tried_is_told_and_the_rest_goes_on(
+    interpreter: SourceRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = verify.reference
+
+    def none_left(case: Case, *more: object) -> Tensor:
+        if case is SSD:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return reference(case, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(verify, "reference", none_left)
+    found = check(interpreter, SSD, SELECTIVE)
+    assert found.skipped == {str(SSD): "CUDA out of memory"}
+    assert (found.cases, found.holds) == (1, True)
 
 
 def test_guards_are_nan_and_stay() -> None:
