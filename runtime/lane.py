@@ -1,7 +1,8 @@
 """A lane: samples that are denoised together, because they want the same graph at the same text length.
 
 Each has a slot, a row of every buffer. Inputs that a step replaces have two buffers, which change places after each
-step; so a run copies nothing, and when it fails the state it started from is still there.
+step; so a run copies nothing, and when it fails the state it started from is still there. Where an engine gains by it,
+many steps are one run: then each has a buffer of its own for the solver's rows, and for noise if any is drawn.
 
 Letters: n slots in use, L latent tokens, d latent width (for DiM the latents are [C,H,W]), m modalities, R columns.
 """
@@ -10,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mdm.plugins.errors import MdmError
-from mdm.runtime.backend import Array, Backend, Buffer, Spec
+from mdm.runtime.backend import Array, Backend, Buffer, Spec, Tensors
 from mdm.runtime.noise import normal
 from mdm.runtime.solver import ROW, copy_row
 
+MOST_BOUND = 64  # runs that a lane keeps ready
 NOISE = [ROW.index("base_noise"), ROW.index("point_noise")]
 
 
@@ -48,12 +51,19 @@ class Job:
         """Which lane runs its next row: graph and tokens."""
         return self.graphs[self.done], self.tokens
 
+    @property
+    def stays(self) -> int:
+        """How many rows, from the next one on, run in the lane of the next one."""
+        left = self.graphs[self.done :]
+        return next((count for count, graph in enumerate(left) if graph != left[0]), len(left))
+
 
 class Lane:
     def __init__(self, backend: Backend, graph: str, tokens: int, slots: int) -> None:
-        self.backend, self.name, self.tokens, self.slots = backend, graph, tokens, slots
         loaded = backend.graph(graph)
-        room = self.padded(slots)  # idle slots too have their rows
+        self.backend, self.name, self.tokens, self.sizes = backend, graph, tokens, loaded.batches
+        self.slots = min([slots, *self.sizes[-1:]])
+        room = self.padded(self.slots)  # idle slots too have their rows
         self.jobs: list[Job] = []  # of slot 0, 1, ..
         self.turn = 0  # which of a pair of buffers holds the state
         self.edited = False  # hosts are ahead of the engine
@@ -73,6 +83,9 @@ class Lane:
             else:
                 self.outputs[name] = buffer(spec)
         self.inputs = {name: buffer(spec) for name, spec in loaded.inputs.items() if name not in self.pairs}
+        # Of the first step of a run, the second, ..: made when a run is first so long.
+        self.rows, self.noise = [self.inputs["row"]], [self.inputs["noise"]]
+        self.more_rows, self.more_noise = (partial(buffer, loaded.inputs[name]) for name in ("row", "noise"))
         self.idle = copy_row(self.inputs["row"].host.shape[1])
 
     # ---------------------------------------------------------------------------------------------- who is here
@@ -116,27 +129,29 @@ class Lane:
 
     # -------------------------------------------------------------------------------------------------- stepping
 
-    def step(self, watched: Sequence[Job] = ()) -> dict[Job, MdmError]:
-        """One row of every job -> the jobs that failed: they must leave. The `watched` get their new x0."""
+    def step(self, watched: Sequence[Job] = (), most: int = 1) -> dict[Job, MdmError]:
+        """The next row of every job, or as many as all of them stay for, up to `most` -> the jobs that failed: they
+        must leave. The `watched` get the x0 of the last one."""
+        steps = min([most, self.backend.chain, *(job.stays for job in self.jobs)])
         count = self.padded(len(self.jobs))
-        self.write_rows(count)
+        drawn = self.write(steps, count)
         failed: dict[Job, MdmError] = {}
         try:
-            self.run(0, count)
+            self.run(0, count, steps, drawn)
         except MdmError as error:
             # One of them may be to blame: each runs again alone, from the state that is still there.
-            if len(self.jobs) == 1:
-                return {self.jobs[0]: error}
+            if len(self.jobs) == 1 or self.backend.chain > 1:
+                return dict.fromkeys(self.jobs, error)
             for slot, job in enumerate(self.jobs):
                 try:
-                    self.run(slot, 1)
+                    self.run(slot, 1, steps, drawn)
                 except MdmError as error:
                     failed[job] = error
-        self.turn = 1 - self.turn
+        self.turn = (self.turn + steps) % 2
         self.seen = False
         for job in self.jobs:
             if job not in failed:
-                job.done += 1
+                job.done += steps
         if watched:
             shown = self.pairs["x0_before"][self.turn] if "x0_before" in self.pairs else self.outputs["x0"]
             shown.pull()
@@ -146,42 +161,54 @@ class Lane:
 
     def padded(self, count: int) -> int:
         """The next size that the engine was built for."""
-        sizes = self.backend.batches
-        return next(size for size in sizes if size >= count) if sizes else count
+        return next(size for size in self.sizes if size >= count) if self.sizes else count
 
-    def write_rows(self, count: int) -> None:
-        """Each slot's row, and its noise where the row takes any; idle slots copy."""
-        rows, noise = self.inputs["row"], self.inputs["noise"]
-        drawn = False
-        for slot, job in enumerate(self.jobs):
-            row = job.rows[job.done]
-            rows.host[slot] = row
-            if row[:, NOISE].any():
-                noise.host[slot] = (
-                    normal(job.seed, job.sample, 1 + job.done, noise.host.shape[1:])
-                    if job.noise is None
-                    else job.noise[job.done]
-                )
-                drawn = True
-        rows.host[len(self.jobs) : count] = self.idle
+    def write(self, steps: int, count: int) -> bool:
+        """Each slot's rows, and its noise where a row takes any; idle slots copy -> whether any takes noise."""
+        ahead = [job.rows[job.done : job.done + steps] for job in self.jobs]  # [S,m,R] each
+        takes = np.array([rows[:, :, NOISE].any((1, 2)) for rows in ahead])  # [n,S]
+        drawn = bool(takes.any())
+        for buffers, make, many in ((self.rows, self.more_rows, steps), (self.noise, self.more_noise, steps * drawn)):
+            buffers += [make() for _ in range(many - len(buffers))]
+        for k in range(steps):
+            self.rows[k].host[: len(self.jobs)] = [rows[k] for rows in ahead]
+            self.rows[k].host[len(self.jobs) : count] = self.idle
+            for slot, job in enumerate(self.jobs):
+                if takes[slot, k]:
+                    self.noise[k].host[slot] = self.noise_of(job, job.done + k)
+        pushed = [*self.rows[:steps], *(self.noise[:steps] if drawn else [])]
         if self.edited:
-            for buffer in [*self.inputs.values(), *(pair[self.turn] for pair in self.pairs.values())]:
-                buffer.push()
-            self.edited = False
-        else:
-            rows.push()
-            if drawn:
-                noise.push()
+            others = [
+                buffer for name, buffer in self.inputs.items() if name not in ("row", "noise" if drawn else "row")
+            ]
+            pushed += [*others, *(pair[self.turn] for pair in self.pairs.values())]
+        for buffer in pushed:
+            buffer.push()
+        self.edited = False
+        return drawn
 
-    def run(self, first: int, count: int) -> None:
+    def noise_of(self, job: Job, row: int) -> Array:
+        if job.noise is not None:
+            return job.noise[row]
+        return normal(job.seed, job.sample, 1 + row, self.noise[0].host.shape[1:])
+
+    def run(self, first: int, count: int, steps: int, drawn: bool) -> None:
         graph = self.backend.graph(self.name)
         bound = graph.bound.setdefault(self, {})
-        key: Any = (first, count, self.turn)
+        key = first, count, self.turn, steps, drawn
         if key not in bound:
-            inputs = self.inputs | {name: pair[self.turn] for name, pair in self.pairs.items()}
-            after = {name: self.pairs[becomes][1 - self.turn] for name, becomes in self.next_of.items()}
-            bound[key] = graph.bind(inputs, self.outputs | after, first, count)
+            if len(bound) == MOST_BOUND:
+                del bound[next(iter(bound))]
+            bound[key] = graph.bind([self.tensors(k, drawn) for k in range(steps)], first, count)
         bound[key]()
+
+    def tensors(self, k: int, drawn: bool) -> tuple[Tensors, Tensors]:
+        """Inputs and outputs of the k-th step of a run."""
+        turn = (self.turn + k) % 2
+        own = {"row": self.rows[k], "noise": self.noise[k if drawn else 0]}
+        now = {name: pair[turn] for name, pair in self.pairs.items()}
+        after = {name: self.pairs[becomes][1 - turn] for name, becomes in self.next_of.items()}
+        return self.inputs | own | now, self.outputs | after
 
 
 class Lanes:
@@ -189,7 +216,7 @@ class Lanes:
 
     def __init__(self, backend: Backend, slots: int) -> None:
         """`slots`: samples that share a step, at most, and no more than the engine was built for."""
-        self.backend, self.slots = backend, min([slots, *backend.batches[-1:]])
+        self.backend, self.slots = backend, slots
         self.made: dict[tuple[str, int], Lane] = {}
 
     def __call__(self, graph: str, tokens: int) -> Lane:

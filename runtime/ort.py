@@ -1,14 +1,12 @@
-"""ONNX Runtime as a backend: on the CPU, or on an NVIDIA GPU."""
+"""ONNX Runtime as a backend: on the CPU, on an NVIDIA GPU, or on one by TensorRT-RTX (see `rtx.py`)."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,18 +15,27 @@ import numpy.typing as npt
 
 from mdm.plugins import register
 from mdm.plugins.contract import DOMAIN, SELECTIVE_SCAN
-from mdm.plugins.errors import EngineError, EnvironmentLackError, InputError
+from mdm.plugins.errors import EngineError, EnvironmentLackError, InputError, MdmError
 from mdm.plugins.machine import cores
-from mdm.runtime.backend import Array, Buffer, Graph, Spec
+from mdm.runtime.backend import Array, Buffer, Graph, Spec, Tensors, specs_of
 from mdm.runtime.bundle import Bundle
 from mdm.runtime.json_schema import told
+from mdm.runtime.rtx import PROFILE, rtx_device, use_rtx
+from mdm.runtime.rtx import PROVIDER as RTX_PROVIDER
+from mdm.runtime.shelf import Shelf
+from mdm.runtime.tensorrt.profiles import Shapes, shapes_of
 from mdm.runtime.words import nearest
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, SessionOptions
+    from onnxruntime import InferenceSession, IOBinding, SessionOptions
 
+RTX = "tensorrt-rtx"
 # backend -> ONNX Runtime's provider and the device its buffers lie on
-PROVIDERS = {"ort-cpu": ("CPUExecutionProvider", "cpu"), "ort-cuda": ("CUDAExecutionProvider", "cuda")}
+PROVIDERS = {
+    "ort-cpu": ("CPUExecutionProvider", "cpu"),
+    "ort-cuda": ("CUDAExecutionProvider", "cuda"),
+    RTX: (RTX_PROVIDER, "cuda"),
+}
 # ONNX Runtime's names of the types that a graph takes and gives
 TYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(bool)": "bool",
@@ -88,36 +95,41 @@ class OrtGraph:
     """A graph in ONNX Runtime."""
 
     def __init__(
-        self, name: str, session: InferenceSession, described: Mapping[str, Any], device: str, number: int
-    ) -> None:
-        self.name, self.session, self.device, self.number = name, session, device, number
+        self, name: str, session: InferenceSession, described: Mapping[str, Any], device: str, number: int,
+        batches: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self.name, self.session, self.device, self.number, self.batches = name, session, device, number, batches
         self.bound: WeakKeyDictionary[Any, dict[Any, Callable[[], None]]] = WeakKeyDictionary()
         self.inputs: Mapping[str, Spec] = specs_of(described["inputs"])
         self.outputs: Mapping[str, Spec] = specs_of(described["outputs"])
+        self.metadata: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
 
-    def bind(
-        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], first: int, count: int
-    ) -> Callable[[], None]:
+    def bind(self, runs: Sequence[tuple[Tensors, Tensors]], first: int, count: int) -> Callable[[], None]:
         session, graph = self.session, self.name  # not self: a graph that is closed should be gone at once
-        binding = session.io_binding()
+        bindings = [self.tie(inputs, outputs, first, count) for inputs, outputs in runs]
+
+        def run() -> None:
+            with engine_errors(f"graph '{graph}'"):
+                for binding in bindings:
+                    binding.synchronize_inputs()
+                    session.run_with_iobinding(binding)
+                    binding.synchronize_outputs()
+
+        return run
+
+    def tie(self, inputs: Tensors, outputs: Tensors, first: int, count: int) -> IOBinding:
+        binding = self.session.io_binding()
         for tie, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
                 host = buffer.host
                 if first + count > len(host):  # ONNX Runtime would go on behind the buffer
                     raise EngineError(
-                        f"graph '{graph}': rows {first} to {first + count} of {name}, which has {len(host)}"
+                        f"graph '{self.name}': rows {first} to {first + count} of {name}, which has {len(host)}"
                     )
-                with engine_errors(f"graph '{graph}'"):
+                with engine_errors(f"graph '{self.name}'"):
                     shape = (count, *host.shape[1:])
                     tie(name, self.device, self.number, host.dtype.type, shape, buffer.address(first))
-
-        def run() -> None:
-            with engine_errors(f"graph '{graph}'"):
-                binding.synchronize_inputs()
-                session.run_with_iobinding(binding)
-                binding.synchronize_outputs()
-
-        return run
+        return binding
 
     def run(self, wanted: Sequence[str], **inputs: Array) -> list[Array]:
         with engine_errors(f"graph '{self.name}'"):
@@ -142,25 +154,22 @@ def session_options(weights: Path, threads: int | None = None, native: bool = Tr
     return options
 
 
-def specs_of(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Spec]:
-    """The manifest's words for a graph's inputs or outputs."""
-    return {tensor["name"]: Spec(np.dtype(tensor["dtype"]), tuple(tensor["shape"])) for tensor in tensors}
-
-
 @contextmanager
 def engine_errors(what: str) -> Iterator[None]:
     """Turns what ONNX Runtime raises into one of our errors."""
     try:
         yield
+    except MdmError:
+        raise
     except Exception as error:  # ONNX Runtime's own classes, one for each status code
         said = " ".join(str(error).split())[:300]
         raise EngineError(f"{what} failed in ONNX Runtime: {said}") from error
 
 
 class OrtBackend:
-    """ONNX Runtime, on the CPU or an NVIDIA GPU. Graphs are loaded when first asked for."""
+    """ONNX Runtime by one of its providers. Graphs are loaded when first asked for."""
 
-    batches: Sequence[int] = ()
+    chain = 1
 
     def __init__(
         self,
@@ -172,45 +181,49 @@ class OrtBackend:
     ) -> None:
         """`threads` of the CPU, default all it may use; `memory`: bytes of loaded graphs together, on a GPU of each."""
         self.bundle, self.name, self.threads, self.memory, self.number = bundle, name, threads, memory, device
-        if name.startswith("tensorrt"):
-            raise EnvironmentLackError(
-                f"backend '{name}' is not yet part of this version\nuse ort-cuda on an NVIDIA GPU"
-            )
         if name not in PROVIDERS:
             raise InputError(f"unknown backend '{name}'{nearest(name, PROVIDERS)}\nbackends: {', '.join(PROVIDERS)}")
         self.provider, self.device = PROVIDERS[name]
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}, expected at least 1")
+        self.plugin = name == RTX
+        if self.plugin and memory is not None:
+            raise InputError(f"backend '{name}' cannot hold to a limit of memory\nleave it out, or use ort-cuda")
         require_engine()
-        import onnxruntime
-
-        found = onnxruntime.get_available_providers()
-        if self.provider not in found:
-            raise EnvironmentLackError(
-                f"backend '{name}' needs ONNX Runtime's {self.provider}, found {', '.join(found)}\n"
-                'Install it in an environment without onnxruntime: pip install "mdm-deploy[gpu]"'
-            )
-        if self.device == "cuda":
-            onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them, where ONNX Runtime would not look
+        if self.plugin:
+            rtx_device(device)
+        else:
+            self.require_provider()
         if bundle.manifest["precision"] == "bf16" and name == "ort-cpu":
             raise EnvironmentLackError(
                 f"bundle '{bundle.path}' is in bfloat16, which ONNX Runtime's CPU cannot compute\n"
                 "export the checkpoint with --precision fp32, or run it on a GPU"
             )
-        self.loaded: OrderedDict[str, OrtGraph] = OrderedDict()  # the one used last at the end
-        self.lock = Lock()  # a server encodes and decodes beside the thread that steps
+        self.shelf: Shelf[OrtGraph] = Shelf(self.load, self.size_of, memory if self.device == "cpu" else None)
+        self.loaded = self.shelf.loaded
+
+    def require_provider(self) -> None:
+        import onnxruntime
+
+        found = onnxruntime.get_available_providers()
+        if self.provider not in found:
+            raise EnvironmentLackError(
+                f"backend '{self.name}' needs ONNX Runtime's {self.provider}, found {', '.join(found)}\n"
+                'Install it in an environment without onnxruntime: pip install "mdm-deploy[gpu]"'
+            )
+        if self.device == "cuda":
+            onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them, where ONNX Runtime would not look
 
     def graph(self, name: str) -> Graph:
-        with self.lock:
-            if name not in self.loaded:
-                self.make_room(name)
-                self.loaded[name] = self.load(name)
-            self.loaded.move_to_end(name)
-            return self.loaded[name]
+        return self.shelf(name)
+
+    def lacks(self, name: str) -> str:
+        return ""
 
     def load(self, name: str) -> OrtGraph:
         described = self.bundle.graph(name)
-        session = self.session(self.bundle.graph_bytes(name), name, described["operators"])
+        built = {"shapes": shapes_of(self.bundle.manifest, name, PROFILE)} if self.plugin else {}
+        session = self.session(self.bundle.graph_bytes(name), name, described["operators"], **built)
         for kind, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
             there = {one.name: (TYPES.get(one.type), one.shape) for one in found}
             said = {one["name"]: (one["dtype"], one["shape"]) for one in described[kind]}
@@ -220,15 +233,23 @@ class OrtBackend:
                     f"graph '{name}' of bundle '{self.bundle.path}' is not what its manifest says\n"
                     f"{kind}: {told(name_)} is {told(there.get(name_))}, the manifest has {told(said.get(name_))}"
                 )
-        return OrtGraph(name, session, described, self.device, self.number)
+        batches = range(PROFILE.batch.least, PROFILE.batch.most + 1) if self.plugin else ()
+        return OrtGraph(name, session, described, self.device, self.number, batches)
 
-    def session(self, content: bytes, name: str, operators: Collection[str]) -> InferenceSession:
-        """Any graph on this engine; its weights lie in the bundle. `operators`: what it is made of."""
+    def session(
+        self, content: bytes, name: str, operators: Collection[str], shapes: Shapes | None = None
+    ) -> InferenceSession:
+        """Any graph on this engine; its weights lie in the bundle. `operators`: what it is made of; `shapes`: of its
+        inputs, where TensorRT-RTX builds an engine."""
         import onnxruntime
 
+        options = self.options(operators)
+        if self.plugin:
+            use_rtx(options, self.number, shapes)
         try:
+            # Without its fallback, which prints that it now runs on the CPU.
             session = onnxruntime.InferenceSession(
-                content, self.options(operators), providers=[self.provider_options()]
+                content, options, None if self.plugin else [self.provider_options()], enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime's own classes, one for each status code
             raise EnvironmentLackError(
@@ -244,11 +265,13 @@ class OrtBackend:
 
     def options(self, operators: Collection[str]) -> SessionOptions:
         # The library computes on the CPU. On a GPU that pays for Mamba-1 alone, whose body is a loop over tokens; the
-        # convolutions of such a graph come along.
+        # convolutions of such a graph come along. TensorRT-RTX has the loops within its engine, if it has all nodes.
         looped = f"{DOMAIN}.{SELECTIVE_SCAN.name}" in operators
-        return session_options(self.bundle.path, self.threads, native=self.device == "cpu" or looped)
+        native = self.device == "cpu" or (looped and not self.plugin)
+        return session_options(self.bundle.path, self.threads, native)
 
     def provider_options(self) -> Any:
+        assert not self.plugin  # ONNX Runtime would warn that it knows no such name, and go on with the CPU
         if self.device == "cpu":
             return self.provider
         limit = {} if self.memory is None else {"gpu_mem_limit": str(self.memory)}
@@ -258,19 +281,6 @@ class OrtBackend:
         if self.device == "cpu":
             return HostBuffer(np.zeros(shape, dtype))
         return DeviceBuffer(shape, dtype, self.device, self.number)
-
-    def make_room(self, name: str) -> None:
-        """Close the graphs used longest ago until this one fits the limit too."""
-        if self.memory is None or self.device != "cpu":
-            return
-        need = self.size_of(name)
-        if need > self.memory:
-            raise EnvironmentLackError(
-                f"graph '{name}' takes about {need / 1e6:.0f} MB of memory, the limit is {self.memory / 1e6:.0f} MB\n"
-                "allow it more (--memory), or leave the limit out"
-            )
-        while self.loaded and need + sum(map(self.size_of, self.loaded)) > self.memory:
-            self.loaded.popitem(last=False)
 
     def size_of(self, name: str) -> int:
         """Bytes a loaded graph takes, about: its weights' files count whole, though it may not use all of them."""

@@ -10,6 +10,7 @@ Every method makes requests and hands them to `run`, which drives a step-level s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,12 @@ from typing import Any
 
 from mdm.plugins.errors import InputError
 from mdm.runtime.backend import Array
+from mdm.runtime.backends import backend_for
 from mdm.runtime.bundle import open_bundle
 from mdm.runtime.denoiser import Denoiser
 from mdm.runtime.json_schema import told
 from mdm.runtime.lane import Lanes
 from mdm.runtime.model import Model, Prepared
-from mdm.runtime.ort import OrtBackend
 from mdm.runtime.request import Request, Result
 from mdm.runtime.scheduler import Scheduler, Ticket
 
@@ -46,22 +47,20 @@ def load(
     bundle: str | Path,
     backend: str = "ort-cpu",
     *,
+    batch: int = BATCH,
     threads: int | None = None,
     memory: int | None = None,
     device: int = 0,
-    batch: int = BATCH,
+    profile: str | None = None,
 ) -> Pipeline:
-    """Open a bundle on a backend: "ort-cpu" or "ort-cuda".
+    """Open a bundle on one of `backends.BACKENDS`; the options after `batch` are those of `backend_for`.
 
-    `threads` of the CPU, default as many as the process may use; `memory`: bytes that loaded graphs may take together,
-    on a GPU each; graphs that do not fit in beside each other are loaded again whenever their turn comes. `batch`:
-    samples that share a step at most.
+    `batch`: samples that share a step at most.
     """
     if batch < 1:
         raise InputError(f"batch is {batch}, expected at least 1")
     opened = open_bundle(bundle)
-    engine = OrtBackend(opened, backend, threads=threads, memory=memory, device=device)
-    return Pipeline(Model(opened, engine), batch)
+    return Pipeline(Model(opened, backend_for(opened, backend, threads, memory, device, profile)), batch)
 
 
 class Pipeline:
@@ -127,7 +126,7 @@ class Pipeline:
         prepared = [one if isinstance(one, Prepared) else self.model.prepare(one) for one in requests]
         # Another run, begun before this one ends, makes its own lanes.
         lanes, self.lanes = self.lanes, Lanes(self.model.backend, self.batch)
-        scheduler = Scheduler(lanes, queue=len(prepared))
+        scheduler = Scheduler(lanes, queue=len(prepared), burst=sys.maxsize)  # nobody joins a run that has begun
         index_of: dict[Ticket, int] = {}
 
         def watch(ticket: Ticket) -> None:

@@ -1,8 +1,9 @@
 """The step-level scheduler: requests join and leave the running lanes between steps.
 
-`tick` runs one step of one lane. Lanes take turns, the one that has waited longest first, so every running request gets
-steps at the same rate. Who waits joins in order of arrival as soon as its own lane has a free slot. A request ends
-exactly once: done, failed, cancelled or expired; only `tick`, `cancel` and `close` end any.
+`tick` is one lane's turn: one step, or several in one go where that is allowed (`burst`). Lanes take turns, the one
+that has waited longest first, so every running request gets steps at the same rate. Who waits joins in order of arrival
+as soon as its own lane has a free slot. A request ends exactly once: done, failed, cancelled or expired; only `tick`,
+`cancel` and `close` end any.
 
 It does not lock: one thread owns it. Time comes from `clock`, which tests replace.
 """
@@ -52,10 +53,15 @@ class Ticket:
 
 class Scheduler:
     def __init__(
-        self, lane_of: Callable[[str, int], Lane], queue: int = 64, clock: Callable[[], float] = time.monotonic
+        self,
+        lane_of: Callable[[str, int], Lane],
+        queue: int = 64,
+        clock: Callable[[], float] = time.monotonic,
+        burst: int = 1,
     ) -> None:
-        """`lane_of(graph, tokens)` is the lane for such jobs, always the same one; `queue`: how many may wait."""
-        self.lane_of, self.queue, self.clock = lane_of, queue, clock
+        """`lane_of(graph, tokens)` is the lane for such jobs, always the same one; `queue`: how many may wait; `burst`:
+        steps that a lane nobody looks into may run in one go, in which nobody joins, is cancelled or expires."""
+        self.lane_of, self.queue, self.clock, self.burst = lane_of, queue, clock, burst
         self.closed: BaseException | None = None
         self.waiting: deque[Ticket] = deque()
         self.running: OrderedDict[Lane, dict[Job, Ticket]] = OrderedDict()  # lanes with jobs, whose turn it is first
@@ -94,14 +100,15 @@ class Scheduler:
         return [*self.waiting, *(ticket for mine in self.running.values() for ticket in mine.values())]
 
     def tick(self) -> list[Ticket]:
-        """One step of one lane -> the requests that ended."""
+        """One turn of one lane -> the requests that ended."""
         ended = self.expire() + self.admit()
         if not self.running:
             return ended
         lane = next(iter(self.running))
         mine = dict(self.running[lane])
         try:
-            failed = lane.step([job for job, ticket in mine.items() if ticket.on_step])
+            watched = [job for job, ticket in mine.items() if ticket.on_step]
+            failed = lane.step(watched, 1 if watched else self.burst)
         except Exception as accident:  # not a graph's failure, but the engine's or ours: nobody here can go on
             return ended + self.abandon(lane, accident)
         self.running.move_to_end(lane)

@@ -81,6 +81,20 @@ def rig() -> dict[str, str]:
     return {**os.environ, "LD_LIBRARY_PATH": str(RIG / "lib"), "PYTHONPATH": str(RIG / "site")}
 
 
+@pytest.fixture(scope="session")
+def stand_in() -> dict[str, str]:
+    """The environment of a process that is to have a stand-in for TensorRT, on a fake driver (their switches are in
+    tests/runtime/tensorrt/stand_in/tensorrt/__init__.py and tests/plugins/gpu/fake_cuda.c)."""
+    from .plugins.gpu.fake_cuda import fake_cuda
+
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent / "runtime/tensorrt/stand_in"),
+        "LD_LIBRARY_PATH": str(Path(fake_cuda()).parent),
+        "FAKE_CUDA_STRICT": "1",
+    }
+
+
 # Sizes that mean different things are different numbers, so that a mixed-up axis is an error: 16 picture tokens, 12
 # latent channels, texts of 8 or 20 tokens. Pictures are 32x32, the picture world's size.
 TINY: dict[str, Any] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -170,6 +171,17 @@ def test_the_bundle_is_checked_there(python: Path, bundle: Path, tmp_path: Path,
     assert ran == {"files", "steps", "trajectories", "decoded"}
     made = {path.name for path in (tmp_path / "report").iterdir()}
     assert made == {"report.json", "junit.xml", "report.html", "summary.md"}
+
+
+def test_the_tensorrt_plugins_are_built_there(python: Path, tmp_path: Path) -> None:
+    """From the sources and kernels in the wheel, for whichever TensorRT the headers are of."""
+    if "TENSORRT_ROOT" not in os.environ:
+        pytest.skip("no headers of TensorRT: TENSORRT_ROOT is not set")
+    if shutil.which("cmake") is None:
+        pytest.skip("no CMake")
+    told = run(python, "-c", MDM, "plugin", "build", "--json", folder=tmp_path)
+    assert told["serves"] >= 10
+    assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("libmdm_tensorrt.so", told["bytes"])]
 
 
 def test_what_needs_pytorch_says_so_there(python: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -68,7 +68,7 @@ def command(context: click.Context, bundle: Path | None, as_json: bool) -> None:
             show(one, first=not found or one.section != found[-1].section)
         found.append(one)
     section = "bundle" if bundle else "backends"
-    able = [one.name for one in found if one.section == section and one.there and one.name.startswith("ort-")]
+    able = [one.name for one in found if one.section == section and one.there and one.name in BACKENDS]
     if as_json:
         print_json({"backends": able, "findings": [asdict(one) for one in found]})
     else:
@@ -92,8 +92,8 @@ def findings(path: Path | None = None) -> Iterator[Finding]:
     yield tried("machine", "cores", said_of_cores)
     yield tried("machine", "memory", lambda: f"{free_memory() / 1e9:.1f} GB free")
     yield tried("machine", "gpu", lambda: "\n".join(said for said, _ in gpus()))
-    runs = [tried("backends", "ort-cpu", partial(run_model, "ort-cpu")), tried("backends", "ort-cuda", ort_cuda)]
-    yield from (*runs, tried("backends", "tensorrt", tensorrt), tried("backends", "scan library", scan_library))
+    runs = [tried("backends", name, check) for name, check in BACKENDS.items()]
+    yield from (*runs, tried("backends", "scan library", scan_library))
     able = [one.name for one in runs if one.there]
     if path is not None and able:
         from mdm.runtime.bundle import open_bundle
@@ -192,14 +192,20 @@ def run_model(backend: str) -> str:
     import numpy as np
     import onnxruntime
 
+    from mdm.runtime.rtx import PROVIDER, use_rtx
+
     this, (provider, device) = f"ONNX Runtime {onnxruntime.__version__}", PROVIDERS[backend]
-    if provider not in onnxruntime.get_available_providers():
+    onnxruntime.set_default_logger_severity(4)  # what it would print is said here
+    options = onnxruntime.SessionOptions()
+    if provider == PROVIDER:
+        use_rtx(options, 0)
+    elif provider not in onnxruntime.get_available_providers():
         raise EnvironmentLackError(
             f"{this}, as it is installed, has no {provider}\n"
             'pip uninstall onnxruntime, then pip install "mdm-deploy[gpu]"'
         )
-    onnxruntime.set_default_logger_severity(4)  # what it would print is said here
-    session = onnxruntime.InferenceSession(MODEL, providers=[provider])
+    providers = None if provider == PROVIDER else [provider]
+    session = onnxruntime.InferenceSession(MODEL, options, providers, enable_fallback=0)
     if provider not in session.get_providers():  # it fell back to the CPU
         raise EnvironmentLackError(
             f"{this} cannot load its {provider}\n{why_not_loaded(onnxruntime.__file__)}\n"
@@ -219,20 +225,56 @@ def why_not_loaded(onnxruntime: str) -> str:
     return "CUDA or cuDNN is missing or too old"
 
 
-def ort_cuda() -> str:
+def on_a_gpu(backend: str) -> str:
     try:
         gpus()
     except EnvironmentLackError as error:
         raise EnvironmentLackError("no GPU that works, see above\nwithout one use ort-cpu") from error
-    return run_model("ort-cuda")
+    return run_model(backend)
 
 
 def tensorrt() -> str:
+    """Whether it loads, and whether the kernels of its plugins are for this GPU."""
+    from mdm.plugins.gpu.pack import ARCHITECTURES
+
+    lack: MdmError | None = None
     try:
-        there = f"TensorRT {version('tensorrt')} is installed"
-    except PackageNotFoundError:
-        there = "TensorRT is not installed either"
-    raise EnvironmentLackError(f"not yet part of this version of mdm-deploy; {there}\nuse ort-cuda on an NVIDIA GPU")
+        there = tensorrt_loads()
+    except MdmError as error:
+        there, lack = str(error).splitlines()[0], error
+    try:
+        gpu = gpus()[0][0]
+    except (EnvironmentLackError, IndexError) as error:
+        raise EnvironmentLackError(f"no GPU that works, see above; {there}\nwithout one use ort-cpu") from error
+    if lack is not None:
+        raise lack
+    found, least = re.search(r"compute capability (\d+)\.(\d+)", gpu), min(map(int, ARCHITECTURES))
+    if found and int(found[1] + found[2]) < least:
+        raise EnvironmentLackError(
+            f"{there}, but this GPU has {found[0]}\nexpected {least / 10:.1f} or newer: use ort-cuda"
+        )
+    return f"{there}; mdm build BUNDLE makes engines for it"
+
+
+def tensorrt_loads() -> str:
+    """In a process of its own, which it may end."""
+    from mdm.tools.engines.run import ask
+
+    try:
+        return f"TensorRT {ask(None, lambda phase: None)['tensorrt']} loads"
+    except EngineError as error:
+        said = " ".join(str(error).split())[:300]
+        raise EnvironmentLackError(
+            f'{said}\ninstall it again: pip install --force-reinstall "mdm-deploy[tensorrt]"'
+        ) from error
+
+
+BACKENDS: dict[str, Callable[[], str]] = {
+    "ort-cpu": lambda: run_model("ort-cpu"),
+    "ort-cuda": lambda: on_a_gpu("ort-cuda"),
+    "tensorrt": tensorrt,
+    "tensorrt-rtx": lambda: on_a_gpu("tensorrt-rtx"),
+}
 
 
 def scan_library() -> str:
@@ -260,24 +302,37 @@ def facts(bundle: Bundle) -> str:
 
 
 def one_step(bundle: Bundle, backend: str) -> str:
-    """Runs the smallest step graph, if there is memory for the largest."""
+    """Runs the smallest step graph, if there is memory for the largest. TensorRT has those that were built."""
     import numpy as np
 
-    from mdm.runtime.ort import OrtBackend
+    from mdm.runtime.backends import backend_for
 
-    engine = OrtBackend(bundle, backend)  # refuses what it cannot compute: bfloat16 on the CPU
-    need = max(map(engine.size_of, bundle.manifest["graphs"]))
-    room = free_memory() if backend == "ort-cpu" else gpus()[0][1]
+    engine: Any = backend_for(bundle, backend)  # refuses what it cannot compute: bfloat16 on the CPU
+    graphs = {name: one for name, one in bundle.manifest["graphs"].items() if not engine.lacks(name)}
+    sizes: dict[str, int] = {}
+    lack: MdmError | None = None
+    for name in graphs:
+        try:
+            sizes[name] = engine.size_of(name)
+        except MdmError as error:  # no engine
+            lack = lack or error
+    steps = {name: graphs[name] for name in sizes if graphs[name]["role"] == "step"}
+    if lack is not None and not steps:
+        raise lack
+    need, room = max(sizes.values()), free_memory() if backend == "ort-cpu" else gpus()[0][1]
     said = f"a loaded graph takes about {need / 1e6:.0f} MB of {room / 1e9:.1f} GB"
+    said += f"; {len(sizes)} of {len(graphs)} graphs are built" if lack else ""
     if need > room:
         raise EnvironmentLackError(f"{said}, so it was not tried\nfree some memory, or take a larger machine")
-    steps = {name: one for name, one in bundle.manifest["graphs"].items() if one["role"] == "step"}
     name = min(steps, key=lambda name: (len(steps[name]["modalities"]), steps[name]["nodes"]))
-    graph = engine.graph(name)
-    tokens = min(bundle.manifest["text"]["lengths"]) if bundle.manifest["text"] else 0
+    graph, tokens = engine.graph(name), 0
+    if bundle.manifest["text"]:
+        size, patch = steps[name]["image_size"] or 0, bundle.manifest["picture"]["patch"]
+        tokens = (size // patch) ** 2 * steps[name]["pictures"] + min(bundle.manifest["text"]["lengths"])
+    batch = graph.batches[0] if graph.batches else 1
     inputs = {
         # Ones in the solver's row: it divides by some of it.
-        name: np.full(spec.sized(batch=1, tokens=tokens), spec.dtype.kind == "f", spec.dtype)
+        name: np.full(spec.sized(batch=batch, tokens=tokens), spec.dtype.kind == "f", spec.dtype)
         for name, spec in graph.inputs.items()
     }
     start = time.monotonic()

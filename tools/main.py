@@ -25,6 +25,7 @@ from mdm.plugins.errors import MdmError
 # verb -> (module:attribute of its click command, line shown by `mdm --help`)
 VERBS: Mapping[str, tuple[str, str]] = {
     "export": ("mdm.tools.export:command", "Make a bundle of ONNX graphs from a checkpoint."),
+    "plan": ("mdm.tools.plan.command:command", "Say what a build would do: plugins, types, memory, versions."),
     "build": ("mdm.tools.engines.command:command", "Build a bundle's graphs into engines for this machine's GPU."),
     "inspect": ("mdm.tools.inspect:command", "Show what is in a bundle."),
     "generate": ("mdm.tools.sample:generate", "Make pictures from prompts or classes."),
@@ -34,7 +35,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "joint": ("mdm.tools.sample:joint", "Make pictures together with texts that describe them."),
     "turn": ("mdm.tools.sample:turn", "Go on in a dialogue: from a picture and a request to new ones."),
     "check": ("mdm.tools.check.command:command", "Prove that a bundle computes what its model computes."),
-    "plugin": ("mdm.tools.plugin:command", "Build the kernels that run the scans on a GPU."),
+    "plugin": ("mdm.tools.plugin.command:command", "Build TensorRT's plugins as a library, and try them."),
     "train": ("mdm.tools.train:command", "Train a model, or go on with one."),
     "bench": ("mdm.tools.bench.command:command", "Measure speed and memory."),
     "doctor": ("mdm.tools.doctor:command", "Say what works on this machine, and what to do about the rest."),

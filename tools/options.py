@@ -37,12 +37,16 @@ def json_option(command: F) -> F:
 
 
 def engine_options(command: F) -> F:
-    """What a bundle is run on: `backend`, `threads`, `memory`, as `mdm.runtime.load` takes them."""
+    """What a bundle is run on: `backend`, `threads`, `memory`, `profile`, as `mdm.runtime.load` takes them."""
     for option in (
+        click.option("--profile", help="Of TensorRT's engines those built with it. Default: the newest."),
         click.option("--memory", type=Bytes(), help="What the engine may take, such as 4GB. Default: no limit."),
         click.option("--threads", type=int, help="Threads of the CPU. Default: one a core."),
         click.option(
-            "--backend", default="ort-cpu", show_default=True, help="What runs the graphs: ort-cpu or ort-cuda."
+            "--backend",
+            default="ort-cpu",
+            show_default=True,
+            help="What runs the graphs: ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.",
         ),
     ):
         command = option(command)

@@ -163,6 +163,7 @@ def run(
     backend: str,
     threads: int | None,
     memory: int | None,
+    profile: str | None,
     out: Path | None,
     preview: int | None,
     as_json: bool,
@@ -174,7 +175,7 @@ def run(
     given = [{name: value for name, value in (options | one).items() if value is not None} for one in typed]
     asked = [with_task(one, verb, tasks) for one in requests_asked(source, given, line_is)]
     requests = [(one, one.request()) for one in asked]
-    pipeline = load(bundle, backend, threads=threads, memory=memory)
+    pipeline = load(bundle, backend, threads=threads, memory=memory, profile=profile)
     manifest = pipeline.model.manifest
     pictures = any(makes(pipeline.model.task(request.task)["image"]) for _, request in requests)
     count = len(requests) * batch

@@ -14,7 +14,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from typing import Any
 
 from mdm.plugins.errors import EngineError, EnvironmentLackError
@@ -57,8 +57,14 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuGraphExecDestroy": (c_void_p,),
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemFree_v2": (c_uint64,),
+    "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
+    "cuMemHostAlloc": (_HANDLE, c_size_t, c_uint),
+    "cuMemFreeHost": (c_void_p,),
     "cuMemcpyHtoD_v2": (c_uint64, c_char_p, c_size_t),
     "cuMemcpyDtoH_v2": (c_char_p, c_uint64, c_size_t),
+    "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
+    "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuMemsetD8Async": (c_uint64, c_ubyte, c_size_t, c_void_p),
 }
 
 
@@ -135,6 +141,19 @@ class Driver:
     def free(self, pointer: int) -> None:
         self.call("cuMemFree_v2", pointer)
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device: free, and all."""
+        free, total = c_size_t(), c_size_t()
+        self.call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value, total.value
+
+    def allocate_host(self, size: int) -> int:
+        """Memory of this side that the device reads and writes by itself."""
+        return self.handle("cuMemHostAlloc", size, 0)
+
+    def free_host(self, pointer: int) -> None:
+        self.call("cuMemFreeHost", pointer)
+
     def upload(self, pointer: int, data: bytes) -> None:
         self.call("cuMemcpyHtoD_v2", pointer, data, len(data))
 
@@ -143,13 +162,30 @@ class Driver:
         self.call("cuMemcpyDtoH_v2", data, pointer, size)
         return data.raw
 
+    def upload_later(self, pointer: int, host: int, size: int, stream: int) -> None:
+        """In the stream's order, from memory of `allocate_host`, which must stay as it is until then."""
+        self.call("cuMemcpyHtoDAsync_v2", pointer, host, size, stream)
+
+    def download_later(self, host: int, pointer: int, size: int, stream: int) -> None:
+        self.call("cuMemcpyDtoHAsync_v2", host, pointer, size, stream)
+
+    def clear(self, pointer: int, size: int, stream: int) -> None:
+        """Zeros, in the stream's order."""
+        self.call("cuMemsetD8Async", pointer, 0, size, stream)
+
+    def create_stream(self) -> int:
+        return self.handle("cuStreamCreate", 1)  # 1: does not wait for the default stream
+
+    def destroy_stream(self, stream: int) -> None:
+        self.call("cuStreamDestroy_v2", stream)
+
     @contextmanager
     def stream(self) -> Iterator[int]:
-        stream = self.handle("cuStreamCreate", 1)  # 1: does not wait for the default stream
+        stream = self.create_stream()
         try:
             yield stream
         finally:
-            self.call("cuStreamDestroy_v2", stream)
+            self.destroy_stream(stream)
 
     def synchronize(self, stream: int) -> None:
         self.call("cuStreamSynchronize", stream)

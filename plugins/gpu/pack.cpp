@@ -14,7 +14,7 @@ namespace {
 constexpr char kMagic[] = "mdmkern\n";
 constexpr std::uint32_t kFormat = 1;
 constexpr std::size_t kHeader = 20, kLargest = 1 << 26;
-constexpr char kRebuild[] = "install mdm-deploy again, or build the pack with: mdm plugin build";
+constexpr char kRebuild[] = "install mdm-deploy again, or build the pack with: mdm plugin kernels";
 
 [[noreturn]] void damaged(const std::string& name, const std::string& what, const std::string& found,
                           const std::string& expected) {

@@ -189,7 +189,7 @@ class Pack:
         return data
 
 
-REBUILD = "install mdm-deploy again, or build the pack with: mdm plugin build"
+REBUILD = "install mdm-deploy again, or build the pack with: mdm plugin kernels"
 TEGRA = (87, 88)  # Jetson's: neither runs the other 8.x cubins, nor do their cubins run elsewhere
 
 

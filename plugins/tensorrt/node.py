@@ -60,6 +60,9 @@ class Node:
         """Another of this kind without its plans: it may serve another GPU."""
         return Node(self.operator, self.has, self._scans)
 
+    def forget(self) -> None:
+        self._plans.clear()
+
     def expect(self, inputs: int) -> None:
         """An error where TensorRT has another number of them."""
         if inputs != len(self.inputs):

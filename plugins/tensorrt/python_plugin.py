@@ -12,6 +12,7 @@ without Python wants the C++ plugins.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,12 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPl
 
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         self.node.prepare([described(tensor) for tensor in inputs])
+
+    def destroy(self) -> None:
+        """TensorRT lets go of this one. The bindings (11.4) then free its C++ half twice if Python has no other
+        reference, as after a build that fails: one stays, and the plans go."""
+        self.node.forget()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def set_tactic(self, tactic: int) -> None:
         """There is one: which kernel serves which shape is decided by variants.py."""

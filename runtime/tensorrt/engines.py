@@ -1,81 +1,130 @@
-"""What an engine file was built from and for.
+"""Finds the engine of a bundle's graph that this machine can run.
 
-Engines lie in a bundle's folder `engines`, under a key of everything that makes it another engine. What is known of
-them lies in the user's cache: a bundle may come from a stranger, and TensorRT believes an engine and a timing cache
-whatever they say.
+    place = place_of(tensorrt.__version__, device)
+    path, record = find_engine(bundle, "step_text", place)
+
+It has to be built from this bundle's files, for this TensorRT, GPU and platform, and it has to be trusted: see
+records.py. Of several the newest is taken.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
+import platform
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mdm.plugins.errors import InputError
-from mdm.plugins.gpu.pack import SHIPPED
-from mdm.runtime.bundle import ENGINES, Bundle
-from mdm.runtime.tensorrt.profiles import Profile, shapes_of
+from mdm.plugins.gpu.driver import Device
+from mdm.runtime.bundle import Bundle
+from mdm.runtime.tensorrt.facts import files_of, shipped_kernels
+from mdm.runtime.tensorrt.records import Record, known_records, manifests, read_record
+from mdm.runtime.tensorrt.versions import version_of
 
-BUILDER = 1  # raised when what builds engines changes them
-
-
-def facts_of(bundle: Bundle, graph: str, profile: Profile, place: Mapping[str, str], plugins: bool) -> dict[str, Any]:
-    """Everything that matters. `place`: the TensorRT that builds, and the GPU it builds for."""
-    described = bundle.graph(graph)
-    files = [described["file"], *described["weights"]]
-    return {
-        "builder": BUILDER,
-        "graph": graph,
-        "precision": bundle.manifest["precision"],
-        "files": {name: bundle.manifest["files"][name]["sha256"] for name in files},
-        "profile": profile.name,
-        "shapes": {
-            name: [list(shape) for shape in three] for name, three in shapes_of(bundle.manifest, graph, profile).items()
-        },
-        "workspace": profile.workspace,
-        "level": profile.level,
-        "kernels": hashlib.sha256(SHIPPED.read_bytes()).hexdigest() if plugins else None,
-        **place,
-    }
+NO_GPU = "no GPU"  # TensorRT-RTX builds without one
+CAPABILITY = ", compute capability "
+AMPERE = (8, 0)
 
 
-def key_of(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+def place_of(tensorrt: str, device: Device | None) -> dict[str, str]:
+    """What engines are for."""
+    gpu = f"{device.name}{CAPABILITY}{'.'.join(map(str, device.capability))}" if device else NO_GPU
+    return {"tensorrt": tensorrt, "gpu": gpu, "platform": f"{sys.platform} {platform.machine()}".lower()}
 
 
-def engine_path(bundle: Bundle, facts: Mapping[str, Any]) -> Path:
-    folder = bundle.path / ENGINES
-    if folder.is_symlink():  # a bundle is a stranger's: what is written into it stays in it
-        raise InputError(f"'{folder}' is a link, expected a folder\nremove it: engines are written into the bundle")
-    return folder / f"{facts['graph']}-{key_of(facts)}.engine"
+def capability_of(gpu: str) -> tuple[int, ...]:
+    """Of a GPU as a place has it; of none: ()."""
+    return version_of(gpu.rpartition(CAPABILITY)[2]) if CAPABILITY in gpu else ()
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdm-deploy"
+def fits(record: Record, place: Mapping[str, str]) -> bool:
+    """Whether it can run there."""
+    facts = record.facts
+    return (
+        facts["platform"] == place["platform"]
+        and _fits_tensorrt(facts["tensorrt"], place["tensorrt"], facts["version_compatible"])
+        and _fits_gpu(facts["gpu"], place["gpu"], facts["hardware"])
+    )
 
 
-def timing_cache(tensorrt: str) -> Path:
-    """What TensorRT has measured on this machine."""
-    return cache_folder() / f"timing-{tensorrt}.cache"
+def _fits_tensorrt(built: str, ours: str, version_compatible: bool) -> bool:
+    if not version_compatible:
+        return built == ours  # to the last number
+    older, newer = version_of(built), version_of(ours)
+    return older <= newer and {older[:1], newer[:1]} <= {(10,), (11,)}
 
 
-def record_path(engine: Path) -> Path:
-    """Of an engine that was built here."""
-    return cache_folder() / "engines" / f"{engine.stem}.json"
+def _fits_gpu(built: str, ours: str, hardware: str) -> bool:
+    theirs, here = capability_of(built), capability_of(ours)
+    if not theirs or not here or hardware == "this":
+        return built == ours
+    return theirs == here if hardware == "same-capability" else min(theirs, here) >= AMPERE
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Whole, or not at all, whoever else writes it; a link that lies in the way is not followed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(content)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+def find_engine(
+    bundle: Bundle, graph: str, place: Mapping[str, str], profile: str | None = None
+) -> tuple[Path, Record]:
+    """The engine's file, whose content is the one that was trusted, and what is known of it. `profile`: it has one of
+    this name."""
+    bundle.graph(graph)
+    build = f"mdm build {shlex.quote(str(bundle.path))}"
+    subject = f"graph '{graph}' of bundle '{bundle.path}'"
+    found, passed_over = _read(bundle, graph)
+
+    def refuse(wrong: str, remedy: str = f"run: {build}") -> InputError:
+        return InputError("\n".join([wrong, *passed_over[:1], remedy]))
+
+    if not found:
+        raise refuse(f"{subject} has no engine", f"run: {build} --graph {graph}")
+    ours = [(path, record) for path, record in found if _is_of(record, bundle, graph)]
+    if not ours:
+        raise refuse(f"the engine of {subject} was built from another graph, other weights or other kernels")
+    here = [(path, record) for path, record in ours if fits(record, place)]
+    if not here:
+        known = f"{place['gpu']}, TensorRT {place['tensorrt']} on {place['platform']}"
+        raise refuse(f"the engine of {subject} was built for {ours[0][1].built_for}; found {known}")
+    asked = [(path, record) for path, record in here if profile in (None, *record.profiles)]
+    if not asked:
+        there = ", ".join(sorted({name for _, record in here for name in record.profiles}))
+        raise refuse(f"no engine of {subject} has the profile '{profile}', only: {there}",
+                     f"run: {build} --profile {shlex.quote(str(profile))}")  # fmt: skip
+    trusted = [(path, record) for path, record in asked if any(map(record.is_of, known_records(path)))]
+    if not trusted:
+        raise refuse(
+            f"the engine of {subject} was not built here, and TensorRT runs whatever is in one",
+            f"if you trust whoever made it, run: {build} --trust; else: {build}",
+        )
+    for path, record in trusted:
+        try:
+            record.check_engine(path)
+        except InputError as error:
+            passed_over.insert(0, _in_one_line(error))
+        else:
+            return path, record
+    raise refuse(f"the engine of {subject} is not the file that was built", f"run: {build} --graph {graph}")
+
+
+def _read(bundle: Bundle, graph: str) -> tuple[list[tuple[Path, Record]], list[str]]:
+    """A graph's engines, the newest first, by what their manifests say; and what is wrong with other manifests."""
+    found, passed_over = [], []
+    for engine, manifest in manifests(bundle, graph):
+        try:
+            found.append((engine, read_record(manifest, engine)))
+        except InputError as error:
+            passed_over.append(_in_one_line(error))
+    found.sort(key=lambda one: one[1].built, reverse=True)
+    return found, passed_over
+
+
+def _in_one_line(error: InputError) -> str:
+    return f"passed over: {'; '.join(str(error).splitlines())}"
+
+
+def _is_of(record: Record, bundle: Bundle, graph: str) -> bool:
+    """Built from what the bundle has now, and for the kernels that its plugins run."""
+    return (
+        record.facts["files"] == files_of(bundle, graph)
+        and record.facts["precision"] == bundle.manifest["precision"]
+        and record.facts["kernels"] in (None, shipped_kernels())
+    )

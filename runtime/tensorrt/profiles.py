@@ -10,7 +10,7 @@ and TensorRT-RTX dies of a profile that asks for more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,15 @@ PROFILES = {
     "throughput": Profile("throughput", Span(1, 8, 16), level=4),
     "edge": Profile("edge", Span(1, 1, 1), workspace=512 * MIB),
 }
+
+
+def find_profiles(names: Sequence[str]) -> list[Profile]:
+    """Those of one engine, which knows them by name."""
+    profiles = [find_profile(name) for name in names]
+    twice = {one.name for index, one in enumerate(profiles) if one.name in [other.name for other in profiles[:index]]}
+    if twice:
+        raise InputError(f"two profiles have the name {told(min(twice))}, expected a name for each")
+    return profiles
 
 
 def find_profile(name: str) -> Profile:
@@ -115,7 +124,9 @@ def shapes_of(manifest: Mapping[str, Any], graph: str, profile: Profile) -> Shap
 def _spans(manifest: Mapping[str, Any], graph: str, profile: Profile) -> dict[str, Span]:
     """Of the dimensions that a graph leaves open, by name."""
     described, picture, text = manifest["graphs"][graph], manifest["picture"], manifest["text"]
-    spans = {"batch": profile.batch}
+    # The halves of an autoencoder are given samples as they come and as they are done: one at a time.
+    alone = described["role"] in ("encode", "decode")
+    spans = {"batch": Span(1, 1, profile.batch.most) if alone else profile.batch}
     if picture is not None:  # the halves of an image autoencoder: for the model's own pictures
         side = picture["size"] // picture["factor"]
         spans |= dict.fromkeys(("height", "width"), Span(side, side, side))

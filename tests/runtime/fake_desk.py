@@ -21,14 +21,14 @@ class Clock:
 class Desk:
     """A scheduler with lanes of `slots` on an engine."""
 
-    def __init__(self, engine: FakeEngine | None = None, slots: int = 8, queue: int = 64) -> None:
-        self.engine, self.slots, self.clock = engine or FakeEngine(), slots, Clock()
+    def __init__(self, engine: FakeEngine | None = None, slots: int = 8, queue: int = 64, burst: int = 1) -> None:
+        self.engine, self.slots, self.clock, self.burst = engine or FakeEngine(), slots, Clock(), burst
         self.lanes: dict[tuple[str, int], Lane] = {}
         self.open(queue)
 
     def open(self, queue: int = 64) -> None:
         """A new scheduler on the same lanes."""
-        self.scheduler = Scheduler(self.lane, queue, self.clock)
+        self.scheduler = Scheduler(self.lane, queue, self.clock, self.burst)
         self.submit, self.tick, self.cancel = self.scheduler.submit, self.scheduler.tick, self.scheduler.cancel
 
     def lane(self, graph: str, tokens: int) -> Lane:

@@ -144,22 +144,35 @@ class FakeGraph:
         self.engine, self.name, self.kind = engine, name, KINDS[name]
         self.bound: WeakKeyDictionary[Any, dict[Any, Callable[[], None]]] = WeakKeyDictionary()
         self.inputs, self.outputs = self.kind.specs()
+        self.batches = engine.batches
 
     def bind(
-        self, inputs: Mapping[str, Memory], outputs: Mapping[str, Memory], first: int, count: int
+        self, runs: Sequence[tuple[Mapping[str, Memory], Mapping[str, Memory]]], first: int, count: int
     ) -> Callable[[], None]:
+        assert 0 < len(runs) <= self.engine.chain
+        assert count in (self.engine.batches or [count])
+        self.engine.binds += 1
+        tied = [self.tie(inputs, outputs, first, count) for inputs, outputs in runs]
+
+        def run() -> None:
+            for x, out in tied:
+                self.engine.execute(self, x, out)
+
+        return run
+
+    def tie(
+        self, inputs: Mapping[str, Memory], outputs: Mapping[str, Memory], first: int, count: int
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
         assert inputs.keys() == self.inputs.keys()
         assert outputs.keys() == self.outputs.keys()
         assert not {id(buffer) for buffer in inputs.values()} & {id(buffer) for buffer in outputs.values()}
         for buffer in [*inputs.values(), *outputs.values()]:
             assert first >= 0
             assert first + count <= len(buffer.engine), "a run goes out of its buffers"
-        assert count in (self.engine.batches or [count])
-        self.engine.binds += 1
         x = {name: buffer.engine[first : first + count] for name, buffer in inputs.items()}
         out = {name: buffer.engine[first : first + count] for name, buffer in outputs.items()}
         assert all(not values.flags.owndata for values in [*x.values(), *out.values()])
-        return lambda: self.engine.execute(self, x, out)
+        return x, out
 
     def run(self, wanted: Sequence[str], **inputs: Array) -> list[Array]:
         found = self.kind.run(inputs)
@@ -172,9 +185,13 @@ class FakeEngine:
     name = "fake"
 
     def __init__(
-        self, batches: Sequence[int] = (), apart: bool = False, fails: Callable[[str, Array], bool] | None = None
+        self,
+        batches: Sequence[int] = (),
+        apart: bool = False,
+        fails: Callable[[str, Array], bool] | None = None,
+        chain: int = 1,
     ) -> None:
-        self.batches, self.apart, self.fails = batches, apart, fails
+        self.batches, self.apart, self.fails, self.chain = batches, apart, fails, chain
         self.graphs = {name: FakeGraph(self, name) for name in KINDS}
         self.log: list[tuple[str, list[tuple[int, int]]]] = []  # runs that went well: graph; owner and number of rows
         self.failed_alone: list[int] = []  # owners

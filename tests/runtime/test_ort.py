@@ -117,7 +117,7 @@ def test_a_bound_run_writes_its_rows_and_no_others(backend: Backends, name: str)
             outputs[tensor] = engine.buffer(spec.sized(batch=7, tokens=tokens_of(title)), spec.dtype)
             outputs[tensor].host[...] = 77
         expected = graph.run(list(graph.outputs), **{tensor: value[2:5] for tensor, value in data.items()})
-        run = graph.bind(inputs, outputs, 2, 3)
+        run = graph.bind([(inputs, outputs)], 2, 3)
         assert all((buffer.host == 77).all() for buffer in outputs.values())  # binding does not run
         run()
         for (tensor, buffer), value in zip(outputs.items(), expected, strict=True):
@@ -199,6 +199,26 @@ def test_a_job_the_engine_refuses_fails_alone(backend: Backends) -> None:
         np.testing.assert_array_equal(job.state["base"], expected)
 
 
+def test_a_chain_runs_in_its_order(backend: Backends) -> None:
+    """Two steps in one run: what the second takes is what the first gave."""
+    engine, title = backend(), "step_text"
+    graph = engine.graph(title)
+    data = feeds(graph, title, 3)
+    inputs, outputs = (
+        {name: engine.buffer(spec.sized(batch=3, tokens=tokens_of(title)), spec.dtype) for name, spec in specs.items()}
+        for specs in (graph.inputs, graph.outputs)
+    )
+    for name, value in data.items():
+        inputs[name].host[...] = value
+    then = inputs | {"base": outputs["base_next"]}, outputs | {"base_next": inputs["base"]}
+    graph.bind([(inputs, outputs), then], 0, 3)()
+    (first,) = graph.run(["base_next"], **data)
+    (second,) = graph.run(["base_next"], **data | {"base": first})
+    np.testing.assert_array_equal(outputs["base_next"].host, first)
+    np.testing.assert_array_equal(inputs["base"].host, second)
+    assert not np.array_equal(first, second)
+
+
 def test_inputs_of_another_shape_are_the_engines_error(backend: Backends) -> None:
     graph = backend().graph("encode_text")
     for inputs in ({"ids": np.zeros((1, 8), np.float32)}, {"ids": np.zeros(8, np.int64)}, {}):
@@ -237,7 +257,7 @@ def test_a_bound_run_allocates_nothing_here(backend: Backends) -> None:
     )
     for name, value in feeds(graph, title, 8).items():
         inputs[name].host[...] = value
-    run = graph.bind(inputs, outputs, 0, 8)
+    run = graph.bind([(inputs, outputs)], 0, 8)
     for _ in range(5):
         run()
     tracemalloc.reset_peak()
@@ -363,6 +383,8 @@ def test_an_unknown_backend_names_the_nearest(backend: Backends) -> None:
     assert "backends: ort-cpu, ort-cuda" in str(caught.value)
     with pytest.raises(InputError, match="did you mean 'ort-cuda'"):
         backend(engine="ort-cudda")
+    with pytest.raises(InputError, match=r"^unknown backend 'tensorrt'; did you mean 'tensorrt-rtx'"):
+        backend(engine="tensorrt")  # which is not ONNX Runtime's
 
 
 def test_an_engine_that_is_not_there_is_the_machines_lack(backend: Backends, monkeypatch: pytest.MonkeyPatch) -> None:

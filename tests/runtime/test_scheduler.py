@@ -88,6 +88,27 @@ def test_who_changes_lanes_is_not_overtaken_by_those_who_come_after() -> None:
 # -------------------------------------------------------------------------------------------------- how it ends
 
 
+def test_a_burst_is_one_turn() -> None:
+    """A lane goes on alone until somebody is done or is on his way to another; one that is looked into goes step by
+    step; the next lane then has its turn. Results are the same."""
+    desk, seen = Desk(FakeEngine(chain=99), burst=10), []
+    jobs = [
+        make_job("step_image", 1, steps=7), make_job("step_image", 2, steps=12),
+        make_job("step_text", 3, steps=4), make_job(["step_joint"] * 4, 4, steps=30),
+    ]  # fmt: skip
+    expected = [alone(job)[0] for job in jobs]
+    watch = lambda ticket: seen.append(ticket.job.done)  # noqa: E731
+    tickets = [desk.submit(job, on_step=watch if job is jobs[2] else None) for job in jobs]
+    turns = []
+    while desk.scheduler.busy:
+        desk.tick()
+        turns.append([job.done for job in jobs])
+    assert turns[:6] == [[7, 7, 0, 0], [7, 7, 1, 0], [7, 7, 1, 10], [7, 12, 1, 10], [7, 12, 2, 10], [7, 12, 2, 20]]
+    assert seen == [1, 2, 3, 4]
+    for ticket, result in zip(tickets, expected, strict=True):
+        np.testing.assert_array_equal(ticket.job.state["base"], result)
+
+
 def test_a_full_queue_refuses_and_takes_in_again() -> None:
     desk = Desk(slots=1, queue=2)
     tickets = [desk.submit(make_job("step_image", 1, steps=2))]

@@ -127,7 +127,7 @@ def test_it_runs_where_torch_and_onnx_are_not_installed(bundle: Path) -> None:
     ("words", "said"),
     [
         (["opps"], "'opps' is neither a bundle nor a part of mdm bench; did you mean 'ops'?\nexpected the folder"),
-        (["--json"], "or one of: export, ops, scaling, step"),
+        (["--json"], "or one of: export, ops, scaling, soak, step"),
         (["BUNDLE"], "Missing argument"),
         (["{bundle}", "--task", "caption_"], "this model has no task 'caption_'; did you mean 'caption'?"),
         (["{bundle}", "--steps", "0"], "steps is 0, expected 1 to"),
@@ -146,5 +146,5 @@ def test_wrong_use_is_told(words: list[str], said: str, bundle: Path, capsys: Ou
 def test_the_parts_are_still_there(capsys: Out) -> None:
     assert main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in ("BUNDLE", "export", "ops", "scaling", "step"))
+    assert all(f"\n  {name} " in text for name in ("BUNDLE", "export", "ops", "scaling", "soak", "step"))
     assert main(["bench", "step", "--help"]) == 0

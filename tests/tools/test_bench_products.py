@@ -55,7 +55,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., dict[s
 
 def profiled(bundle: Bundle) -> list[list[Event]]:
     requests = requests_for(Model(bundle, OrtBackend(bundle)), "class_to_image", None, BATCH)
-    return profile(bundle, "ort-cpu", 1, requests)
+    return profile(OrtBackend(bundle, threads=1), requests)
 
 
 def weights_in(bundle: Bundle) -> Counter[tuple[int, ...]]:
@@ -85,7 +85,7 @@ def test_products_are_those_of_the_graph(bundles: Bundles, family: str) -> None:
 @pytest.mark.parametrize("family", ["dim", "mdm"])
 def test_running_the_products_runs_each_of_them(bundles: Bundles, family: str, tmp_path: Path) -> None:
     products = products_of(profiled(bundles[family])[0])
-    backend = Profiled(bundles[family], "ort-cpu", 1, str(tmp_path))
+    backend = Profiled(OrtBackend(bundles[family], threads=1), str(tmp_path))
     session, feeds = products_session(products, backend, GRAPH)
     assert {value.shape for value in feeds.values()} == {product.x for product in products}
     results = session.run(None, feeds)

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from mdm.plugins import library
-from mdm.plugins.errors import EnvironmentLackError
+from mdm.plugins.errors import EnvironmentLackError, InputError
 from mdm.plugins.library import instruction_set
 from mdm.tools import doctor, gpus
 from mdm.tools.main import main
@@ -42,8 +43,8 @@ def test_all_is_found_here(capsys: Out) -> None:
     assert found["scan library"]["there"]
     assert found["scan library"]["said"].startswith(instruction_set())
     assert all(found[name]["there"] for name in ("python", "numpy", "pillow", "sentencepiece", "torch", "engine"))
-    assert not found["tensorrt"]["there"]
-    assert "not yet part of this version" in found["tensorrt"]["said"]
+    assert {"ort-cuda", "tensorrt", "tensorrt-rtx"} < {*found}
+    assert said["backends"] == [name for name in doctor.BACKENDS if found[name]["there"]]
 
 
 def test_lines_are_short_and_a_no_says_what_to_do() -> None:
@@ -152,6 +153,118 @@ def test_a_gpu_alone_does_not_make_the_backend(driver: Callable[[int], None]) ->
 def test_no_driver_is_an_answer(monkeypatch: Patch) -> None:
     monkeypatch.setattr(gpus, "CUDA", "libnowhere.so.1")
     assert report("machine")["gpu"].said.startswith("no NVIDIA driver (libnowhere.so.1), so none\n")
+
+
+# ------------------------------------------------------------------------------------------------------- TensorRT
+
+
+def test_tensorrt_is_loaded(rig: dict[str, str]) -> None:
+    code = "from mdm.tools.doctor import tensorrt_loads; print(tensorrt_loads())"
+    said = subprocess.run([sys.executable, "-c", code], env=rig, capture_output=True, text=True, check=True).stdout
+    assert said == "TensorRT 11.4.0.106 loads\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("raise ImportError('libnvinfer.so.11: cannot open')", "libnvinfer.so.11: cannot open"),
+        ("import os; os.abort()", "TensorRT ended its process"),
+    ],
+)
+def test_a_broken_tensorrt_breaks_nothing_here(module: str, said: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    (tmp_path / "tensorrt.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(EnvironmentLackError) as caught:
+        doctor.tensorrt_loads()
+    assert said in str(caught.value)
+    assert str(caught.value).endswith('pip install --force-reinstall "mdm-deploy[tensorrt]"')
+
+
+@pytest.fixture
+def loads(monkeypatch: Patch) -> None:
+    monkeypatch.setattr("mdm.tools.engines.run.ask", lambda request, told: {"tensorrt": "11.4.0"})
+
+
+@pytest.mark.usefixtures("loads")
+def test_tensorrt_and_a_gpu_are_a_backend(driver: Callable[[int], None], capsys: Out, monkeypatch: Patch) -> None:
+    driver(0)
+    monkeypatch.setattr(doctor, "run_model", lambda backend: "runs")
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"] == ["ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx"]
+
+
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize(("capability", "fits"), [("7.5", False), ("8.0", True), ("8.7", True), ("12.0", True)])
+def test_our_kernels_want_an_ampere(capability: str, fits: bool, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(doctor, "gpus", lambda: [(f"One, compute capability {capability}, 8 GB", 8 * 10**9)])
+    found = report("backends")["tensorrt"]
+    assert found.there is fits
+    assert found.said.startswith("TensorRT 11.4.0 loads")
+    assert ("compute capability 7.5\nexpected 8.0 or newer" in found.said) is not fits
+
+
+@pytest.mark.usefixtures("loads")
+def test_tensorrt_without_a_gpu_is_told(driver: Callable[[int], None]) -> None:
+    driver(100)
+    found = report("backends")
+    assert found["tensorrt"].said.startswith("no GPU that works, see above; TensorRT 11.4.0 loads\n")
+    assert found["tensorrt-rtx"].said == "no GPU that works, see above\nwithout one use ort-cpu"
+
+
+def test_a_gpu_without_tensorrt_says_what_to_install(driver: Callable[[int], None], monkeypatch: Patch) -> None:
+    driver(0)
+    missing = EnvironmentLackError('TensorRT is not installed\npip install "mdm-deploy[tensorrt]"')
+    monkeypatch.setattr("mdm.tools.engines.run.ask", Mock(side_effect=missing))
+    monkeypatch.setattr("mdm.runtime.rtx.find_spec", lambda name: None)
+    found = report("backends")
+    assert found["tensorrt"].said.endswith('pip install "mdm-deploy[tensorrt]"')
+    assert 'pip install "mdm-deploy[cpu,rtx]"' in found["tensorrt-rtx"].said
+    assert not found["tensorrt"].there
+    assert not found["tensorrt-rtx"].there
+
+
+@pytest.mark.parametrize("built", [{"step_joint", "step_joint_guided", "encode_text"}, {"encode_text"}])
+def test_engines_that_were_built_are_tried(built: set[str], bundle: Path, monkeypatch: Patch) -> None:
+    """For samples of the sizes that an engine is for; a graph that no task needs may be missing."""
+    from mdm.runtime.bundle import open_bundle
+    from mdm.runtime.ort import OrtBackend, OrtGraph
+
+    class Built(OrtBackend):
+        def lacks(self, name: str) -> str:
+            return "no task needs it" if name.startswith("denoise") else ""
+
+        def size_of(self, name: str) -> int:
+            if name not in built:
+                raise InputError(f"graph '{name}' has no engine\nrun: mdm build")
+            return super().size_of(name)
+
+        def load(self, name: str) -> OrtGraph:
+            graph = super().load(name)
+            graph.batches = [2, 4]
+            return graph
+
+    ran = []
+    run = OrtGraph.run
+
+    def watched(graph: OrtGraph, wanted: list[str], **inputs: np.ndarray) -> list[np.ndarray]:
+        ran.append((graph.name, inputs["base"].shape))
+        return run(graph, wanted, **inputs)
+
+    monkeypatch.setattr(OrtGraph, "run", watched)
+    monkeypatch.setattr("mdm.runtime.backends.backend_for", lambda opened, name: Built(opened))
+    monkeypatch.setattr(doctor, "gpus", lambda: [("One", 8 * 10**9)])
+    opened = open_bundle(bundle)
+    found = doctor.tried("bundle", "tensorrt", lambda: doctor.one_step(opened, "tensorrt"))
+    needed = len([name for name in opened.manifest["graphs"] if not name.startswith("denoise")])
+    if "step_joint" in built:
+        assert found.said.endswith(f"; 3 of {needed} graphs are built")
+        assert found.there
+        assert ran == [("step_joint", (2, 72, 16))]  # 64 tokens of a picture, 8 of the shortest text
+    else:
+        assert not found.there
+        assert "has no engine\nrun: mdm build" in found.said
+        assert not ran
 
 
 # ------------------------------------------------------------------------------------------------------- a bundle

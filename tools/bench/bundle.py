@@ -7,8 +7,9 @@ products alone and with the PyTorch reference (`compare.py`), as far as the pack
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,16 @@ import click
 import numpy as np
 
 from mdm.plugins.errors import InputError
+from mdm.runtime.backend import Backend, Graph
+from mdm.runtime.backends import backend_for
 from mdm.runtime.bundle import open_bundle
 from mdm.runtime.lane import Lanes
 from mdm.runtime.model import Model, makes
-from mdm.runtime.ort import OrtBackend, OrtGraph
 from mdm.runtime.pipeline import Pipeline, requests_of
 from mdm.runtime.request import Request
 from mdm.runtime.scheduler import Scheduler
 from mdm.tools.bench.clock import memory_peak, percentiles
-from mdm.tools.bench.compare import NAMES, aim_of, busy, compare, operators, said, teller
+from mdm.tools.bench.compare import aim_of, busy, compare, names_in, operators, said, teller
 from mdm.tools.options import FILE, engine_options, json_option, print_json
 
 if TYPE_CHECKING:
@@ -39,32 +41,42 @@ class Run:
     """Seconds of one run of a task, stage by stage."""
 
     encode: float  # checks, tokenizer, encoders, the sampler's table
-    steps: list[float]  # ticks of the scheduler, the whole batch in each
+    steps: list[float]  # the whole batch in each
     engine: float  # of all ticks, inside the engine
     decode: float
 
 
-class Watched(OrtBackend):
-    """Notes how long graphs take to load, and how long their bound runs keep the engine busy."""
+class Watched:
+    """A backend that notes how long graphs take to load, and how long their bound runs keep the engine busy."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.bundle, self.name, self.chain = backend, backend.bundle, backend.name, backend.chain
+        self.buffer, self.lacks = backend.buffer, backend.lacks
         self.loading: dict[str, float] = {}
         self.busy = 0.0
 
-    def load(self, name: str) -> OrtGraph:
+    def graph(self, name: str) -> Graph:
         start = time.perf_counter()
-        graph = super().load(name)
-        self.loading[name] = time.perf_counter() - start
-        run = graph.session.run_with_iobinding
-
-        def watched(binding: Any) -> None:
-            start = time.perf_counter()
-            run(binding)
-            self.busy += time.perf_counter() - start
-
-        graph.session.run_with_iobinding = watched
+        graph = self.backend.graph(name)
+        if "watched" not in vars(graph):
+            self.loading[name] = time.perf_counter() - start
+            self.watch(graph)
         return graph
+
+    def watch(self, graph: Any) -> None:
+        bind = graph.bind
+
+        def watched(runs: Any, first: int, count: int) -> Callable[[], None]:
+            run = bind(runs, first, count)
+
+            def timed() -> None:
+                start = time.perf_counter()
+                run()
+                self.busy += time.perf_counter() - start
+
+            return timed
+
+        graph.bind, graph.watched = watched, True
 
 
 class Deployed:
@@ -76,7 +88,7 @@ class Deployed:
         start = time.perf_counter()
         opened = open_bundle(bundle)
         self.opening = time.perf_counter() - start
-        self.backend = Watched(opened, backend, **engine)
+        self.backend = Watched(backend_for(opened, backend, **engine))
         self.pipeline = Pipeline(Model(opened, self.backend), batch)
         self.task = task or default_task(opened.manifest)
         self.requests = requests_for(self.model, self.task, steps, batch)
@@ -92,13 +104,15 @@ class Deployed:
         start = time.perf_counter()
         prepared = [self.model.prepare(request) for request in self.requests]
         encode = time.perf_counter() - start
-        scheduler = Scheduler(self.lanes, queue=len(prepared))
+        scheduler = Scheduler(self.lanes, queue=len(prepared), burst=sys.maxsize)
         tickets = [scheduler.submit(one.job) for one in prepared]
-        steps, busy = [], self.backend.busy
+        steps: list[float] = []
+        busy, job = self.backend.busy, prepared[0].job
         while scheduler.busy:
-            start = time.perf_counter()
+            start, before = time.perf_counter(), job.done
             ended = scheduler.tick()
-            steps.append(time.perf_counter() - start)
+            took, made = time.perf_counter() - start, job.done - before
+            steps += [took / made] * made  # of steps that were one run each has the same share
             for ticket in ended:
                 if ticket.error is not None:
                     raise ticket.error
@@ -145,6 +159,7 @@ def command(
     backend: str,
     threads: int | None,
     memory: int | None,
+    profile: str | None,
     seconds: float,
     no_compile: bool,
     plot: Path | None,
@@ -155,7 +170,7 @@ def command(
         raise InputError(f"--plot is '{plot}', expected a file name that ends in .png, in a folder that exists")
     say = teller(as_json)
     say("load and warm up")
-    deployed = Deployed(bundle, task, steps, batch, backend, threads=threads, memory=memory)
+    deployed = Deployed(bundle, task, steps, batch, backend, threads=threads, memory=memory, profile=profile)
     peak = memory_peak(deployed.turn)
     if peak is None:
         deployed.turn()
@@ -172,7 +187,7 @@ def command(
 
 def facts(deployed: Deployed) -> Report:
     return {
-        "bundle": str(deployed.backend.bundle.path), "task": deployed.task, "batch": len(deployed.requests),
+        "bundle": str(deployed.model.bundle.path), "task": deployed.task, "batch": len(deployed.requests),
         "backend": deployed.backend.name, "open": deployed.opening, "load": deployed.backend.loading,
     }  # fmt: skip
 
@@ -193,10 +208,9 @@ def stages(runs: Sequence[Run], batch: int) -> Report:
 
 
 def lines_of(report: Report) -> Iterator[str]:
-    yield (
-        f"{report['bundle']}, {report['task']}: {report['steps']} steps, batch {report['batch']}, {report['backend']}, "
-        f"threads {report['threads']}"
-    )
+    names = names_in(report)
+    where = report["backend"] + ("" if report["threads"] is None else f", threads {report['threads']}")
+    yield f"{report['bundle']}, {report['task']}: {report['steps']} steps, batch {report['batch']}, {where}"
     loaded = ", ".join(f"{name} {seconds:.3f}" for name, seconds in report["load"].items())
     memory = (
         "" if report["memory_peak"] is None else f"; that and a first run take {report['memory_peak'] / 1e6:.0f} MB"
@@ -212,17 +226,18 @@ def lines_of(report: Report) -> Iterator[str]:
     yield "a step | seconds, median | least | times"
     yield "---|---|---|---"
     for name, times in report["seconds"].items():
-        yield f"{NAMES[name]} | {times['p50']:.4g} | {times['least']:.4g} | {times['count']}"
+        yield f"{names[name]} | {times['p50']:.4g} | {times['least']:.4g} | {times['count']}"
     if report["compile_seconds"] is not None:
         yield f"torch.compile took {report['compile_seconds']:.0f} s"
     for name, reason in report["missing"].items():
-        yield f"not measured, {NAMES[name]}: {reason}"
+        yield f"not measured, {names[name]}: {reason}"
     yield ""
     for name in report["ratios"]:
         yield f"{name.replace('_', ' ')}: {said(name, report['ratios'][name])} (aim: {aim_of(name)})"
     if warning := busy(report):
         yield warning
-    yield f"the engine's time: {operators(report)}; matrix products together {report['product_share']:.1%}"
+    if report["operators"]:
+        yield f"the engine's time: {operators(report)}; matrix products together {report['product_share']:.1%}"
 
 
 def draw(report: Report) -> Image.Image:
@@ -231,14 +246,15 @@ def draw(report: Report) -> Image.Image:
 
     from mdm.tools.bench.plot import COLOURS, FAINT, FINE, INK, PAPER, Pen
 
-    milliseconds = {NAMES[name]: 1000 * times["p50"] for name, times in report["seconds"].items()}
+    names = names_in(report)
+    milliseconds = {names[name]: 1000 * times["p50"] for name, times in report["seconds"].items()}
     spent = {name: 100 * share for name, share in [*report["operators"].items()][:8]}
     parts = [("milliseconds a step, median", milliseconds, COLOURS[0]), ("% of the engine's time", spent, COLOURS[1])]
     width, row, left, top = 960, 26, 240, 56
     height = top + sum(len(bars) + 2 for _, bars, _ in parts) * row
     sheet = Image.new("RGB", (width * FINE, height * FINE), PAPER)
     pen = Pen(sheet)
-    title = f"{Path(report['bundle']).name}, {report['task']}, batch {report['batch']}, threads {report['threads']}"
+    title = f"{Path(report['bundle']).name}, {report['task']}, batch {report['batch']}, {report['backend']}"
     pen.text(20, 28, title, 20, INK, "lm")
     y = top
     for words, bars, colour in parts:

@@ -12,6 +12,7 @@ from mdm.tools.bench.bundle import command as bundle
 from mdm.tools.bench.export import command as export
 from mdm.tools.bench.ops import command as ops
 from mdm.tools.bench.scaling import command as scaling
+from mdm.tools.bench.soak import command as soak
 from mdm.tools.bench.step import command as step
 
 
@@ -36,5 +37,5 @@ def command() -> None:
     """Measure speed and memory: of a bundle, or of a part of this project."""
 
 
-for part in (bundle, export, ops, scaling, step):
+for part in (bundle, export, ops, scaling, soak, step):
     command.add_command(part)

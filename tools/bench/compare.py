@@ -2,7 +2,7 @@
 
 A step is one evaluation of the network with guidance, and the solver's arithmetic. Its forms take turns:
 
-    runtime     a bundle's step graph as the pipelines run it: one tick of the scheduler
+    runtime     a bundle's step graph as the pipelines run it
     products    the graph's matrix products and nothing else (`products.py`)
     torch       the reference in float32, eager, with random weights: time does not depend on values
     compiled    the same under torch.compile
@@ -21,6 +21,7 @@ import click
 import numpy as np
 
 from mdm.runtime.model import Prepared
+from mdm.runtime.ort import OrtBackend
 from mdm.tools.bench.clock import Form, percentiles, take_turns, timed
 from mdm.tools.bench.products import OPERATORS, products_of, products_session, profile, shares, threads_of
 
@@ -31,9 +32,7 @@ Report = dict[str, Any]
 Say = Callable[[str], None]  # what is being done
 
 DISTURBED = 1.5  # a median so many times the least time tells of the machine, not of the form
-NAMES = {
-    "runtime": "ONNX Runtime", "products": "products alone", "torch": "PyTorch, eager", "compiled": "PyTorch, compiled"
-}  # fmt: skip
+NAMES = {"products": "products alone", "torch": "PyTorch, eager", "compiled": "PyTorch, compiled"}
 # What the project claims: a ratio of medians is at most (le) or at least (ge) that.
 AIMS: dict[str, tuple[Callable[[float, float], bool], float]] = {
     "runtime_over_products": (operator.le, 1.3),
@@ -88,22 +87,27 @@ def torch_step(network: Any, task: Mapping[str, Any], prepared: Sequence[Prepare
 
 def compare(deployed: Deployed, seconds: float, compiles: bool, say: Say) -> Report:
     """Time all forms in turns, for `seconds` of the runtime's. The bundle has run before: it is warm."""
-    say("profile the step")
-    backend = deployed.backend
-    profiled = profile(backend.bundle, backend.name, backend.threads, deployed.requests)
-    threads, spent = threads_of(profiled), shares(profiled)
+    backend = deployed.backend.backend
     forms: dict[str, Form] = {"runtime": deployed.turn}
     missing: dict[str, str] = {}
-    compiling = None
+    threads, spent, compiling = None, {}, None
     prepared = [deployed.model.prepare(request) for request in deployed.requests]
-    if reason := lacking("onnx"):
+    if isinstance(backend, OrtBackend) and not backend.plugin:
+        say("profile the step")
+        profiled = profile(backend, deployed.requests)
+        threads, spent = threads_of(profiled), shares(profiled)
+    if not isinstance(backend, OrtBackend) or backend.plugin:
+        missing["products"] = "only ONNX Runtime itself says which products a step has"
+    elif reason := lacking("onnx"):
         missing["products"] = reason
     else:
         say("warm up the products")
         session, feeds = products_session(products_of(profiled[0]), backend, prepared[0].job.graphs[0])
         forms["products"] = timed(partial(session.run, None, feeds))
         forms["products"]()
-    if reason := lacking("torch") or ("" if backend.device == "cpu" else "the reference is timed on the CPU alone"):
+    if threads is None or backend.name != "ort-cpu":
+        missing |= dict.fromkeys(("torch", "compiled"), "the reference is timed on the CPU alone")
+    elif reason := lacking("torch"):
         missing |= {"torch": reason, "compiled": reason}
     else:
         say("make the PyTorch model")
@@ -124,20 +128,25 @@ def compare(deployed: Deployed, seconds: float, compiles: bool, say: Say) -> Rep
     deployed.runs.clear()
     times = take_turns(forms, seconds)
     return {
+        "engine": "ONNX Runtime" if isinstance(backend, OrtBackend) else "TensorRT",
         "threads": threads,
         "seconds": {name: percentiles(took) | {"least": min(took), "count": len(took)} for name, took in times.items()},
         "ratios": ratios_of(times, deployed.runs),
         "operators": spent,
-        "product_share": sum(spent.get(name, 0) for name in OPERATORS),
+        "product_share": sum(spent.get(name, 0) for name in OPERATORS) if spent else None,
         "compile_seconds": compiling,
         "missing": missing,
     }
 
 
+def names_in(report: Report) -> dict[str, str]:
+    return {"runtime": report["engine"], **NAMES}
+
+
 def busy(report: Report) -> str:
     """A warning where the machine had other things to do, or nothing."""
     forms = [name for name, took in report["seconds"].items() if took["p50"] > DISTURBED * took["least"]]
-    said = ", ".join(NAMES[name] for name in forms)
+    said = ", ".join(names_in(report)[name] for name in forms)
     return (
         f"the machine was busy: medians far above the least times of {said}; do not trust these ratios" if forms else ""
     )

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdm.runtime.bundle import Bundle
 from mdm.runtime.lane import Lane
 from mdm.runtime.model import Model
 from mdm.runtime.ort import OrtBackend
@@ -53,8 +52,8 @@ class Product:
 class Profiled(OrtBackend):
     """Its sessions write down the time of every node."""
 
-    def __init__(self, bundle: Bundle, name: str, threads: int | None, folder: str) -> None:
-        super().__init__(bundle, name, threads=threads)
+    def __init__(self, like: OrtBackend, folder: str) -> None:
+        super().__init__(like.bundle, like.name, threads=like.threads, device=like.number)
         self.folder = folder
 
     def options(self, operators: Collection[str]) -> SessionOptions:
@@ -64,18 +63,18 @@ class Profiled(OrtBackend):
         return options
 
 
-def profile(bundle: Bundle, backend: str, threads: int | None, requests: Sequence[Request]) -> list[list[Event]]:
+def profile(backend: OrtBackend, requests: Sequence[Request]) -> list[list[Event]]:
     """The nodes of each run of the step graph, on the batch that these requests make."""
     with tempfile.TemporaryDirectory() as folder:
-        engine = Profiled(bundle, backend, threads, folder)
-        model = Model(bundle, engine)
+        engine = Profiled(backend, folder)
+        model = Model(backend.bundle, engine)
         jobs = [model.prepare(request).job for request in requests]
         lane = Lane(engine, *jobs[0].lane, len(jobs))
         for job in jobs:
             lane.join(job)
-        lane.write_rows(len(jobs))
+        drawn = lane.write(1, len(jobs))
         for _ in range(1 + RUNS):
-            lane.run(0, len(jobs))
+            lane.run(0, len(jobs), 1, drawn)
         graph = engine.loaded[lane.name]
         return runs_of(json.loads(Path(graph.session.end_profiling()).read_bytes()))[1:]
 

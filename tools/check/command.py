@@ -136,16 +136,16 @@ def make_check(path: Path, options: dict[str, Any]) -> Check:
     if against == "golden":
         return Check(model, GoldenStandard(model), tasks, seeds, why_not="needs the model: --against reference")
     if against != "reference":
+        from mdm.runtime.backends import BACKENDS
         from mdm.runtime.json_schema import told
-        from mdm.runtime.ort import PROVIDERS
         from mdm.runtime.words import nearest
         from mdm.tools.check.standards.other import EngineStandard
 
         if against == options["backend"]:
             raise InputError(f"--against {against} compares the bundle with itself\nname another backend, or a bundle")
         is_bundle = os.path.isdir(against)  # unlike Path.is_dir, it takes a name that is too long
-        if not is_bundle and against not in PROVIDERS:
-            known = ["reference", "golden", *PROVIDERS]
+        if not is_bundle and against not in BACKENDS:
+            known = ["reference", "golden", *BACKENDS]
             raise InputError(
                 f"--against is {told(against)}{nearest(against, known)}\n"
                 f"expected {', '.join(known)}, or the folder of another bundle"
@@ -181,12 +181,14 @@ def make_check(path: Path, options: dict[str, Any]) -> Check:
 
 
 def opened(path: Path, backend: str, options: dict[str, Any]) -> Model:
+    from mdm.runtime.backends import TENSORRT, backend_for
     from mdm.runtime.bundle import open_bundle
     from mdm.runtime.model import Model
-    from mdm.runtime.ort import OrtBackend
 
     bundle = open_bundle(path)
-    return Model(bundle, OrtBackend(bundle, backend, options["threads"], options["memory"]))
+    threads = None if backend == TENSORRT else options["threads"]  # they are for the reference then
+    profile = options["profile"] if backend == options["backend"] else None
+    return Model(bundle, backend_for(bundle, backend, threads, options["memory"], profile=profile))
 
 
 def own_checkpoint(bundle: Bundle) -> Path | None:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 
 from mdm.plugins.errors import EngineError, InputError, ParityError
 from mdm.runtime.model import Model, modalities_of, pictures_of
-from mdm.runtime.ort import OrtBackend
 from mdm.runtime.words import nearest
 from mdm.tools.check.finding import LEVELS, OF_RUNS, Finding, Verdict
 from mdm.tools.check.fingerprint import fingerprint
@@ -48,7 +47,6 @@ class Check:
     def __post_init__(self) -> None:
         for task in self.tasks:
             require_step(self.model, task)
-        assert isinstance(self.model.backend, OrtBackend)
         self.backend, self.engine = self.model.backend, OnBackend(self.model.backend)
         self.placed: set[str] = set()
 

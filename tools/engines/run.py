@@ -6,35 +6,45 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
-from mdm.plugins.errors import EngineError, EnvironmentLackError, MdmError
+from mdm.plugins.contract import DOMAIN, OPERATORS
+from mdm.plugins.errors import EngineError, EnvironmentLackError, InputError, MdmError
 from mdm.plugins.gpu.driver import Device, Driver
 from mdm.plugins.gpu.variants import check_model
-from mdm.runtime.bundle import Bundle, sha256_of
-from mdm.runtime.tensorrt.engines import engine_path, facts_of, record_path, timing_cache, write_whole
-from mdm.runtime.tensorrt.profiles import Profile
+from mdm.runtime.bundle import Bundle
+from mdm.runtime.tensorrt.engines import AMPERE, capability_of, place_of
+from mdm.runtime.tensorrt.facts import Options, facts_of, settings_of
+from mdm.runtime.tensorrt.profiles import Profile, Span
+from mdm.runtime.tensorrt.records import (
+    Record,
+    engine_path,
+    known_records,
+    made_whole,
+    manifest_path,
+    now,
+    record_path,
+    timing_cache,
+)
+from mdm.runtime.tensorrt.versions import Kind, check_refit
+from mdm.tools.engines.asked import asks_for
 from mdm.tools.engines.child import Request
 
-NO_GPU = "no GPU"
 SAID = 300  # characters of a child's last words
+ERRORS = {kind.__name__: kind for kind in (InputError, EnvironmentLackError, EngineError)}
 
 
 @dataclass(frozen=True)
 class Engine:
     """One that is there."""
 
-    graph: str
     path: Path
-    seconds: float  # that it took to build
-    built: bool  # now; else it was there already
-    contents: Mapping[str, Any]
+    record: Record
+    new: bool  # built now; else it was there already
 
 
 @dataclass(frozen=True)
@@ -51,55 +61,120 @@ Told = Callable[[Step], object]
 
 def graphs_of(bundle: Bundle, wanted: Iterable[str]) -> list[str]:
     """Those asked for; else all that a run needs."""
-    names = list(wanted)
+    names = list(dict.fromkeys(wanted))
     for name in names:
         bundle.graph(name)
     return names or [name for name, graph in bundle.manifest["graphs"].items() if graph["role"] != "denoise"]
 
 
+def check_precision(bundle: Bundle, wanted: str | None) -> None:
+    """An error where the bundle has another one."""
+    found = bundle.manifest["precision"]
+    if wanted not in (None, found):
+        raise InputError(
+            f"bundle '{bundle.path}' is {found}, not {wanted}: TensorRT keeps to the types in its graphs\n"
+            f"export it so: mdm export CHECKPOINT -o BUNDLE --config CONFIG --precision {wanted}"
+        )
+
+
 def build_engines(
-    bundle: Bundle, graphs: Iterable[str], profile: Profile, plugins: bool, force: bool, told: Told
+    bundle: Bundle, graphs: Iterable[str], profiles: Sequence[Profile], options: Options, force: bool, told: Told
 ) -> Iterable[Engine]:
     """One after another. An engine that is there for just this is not built again, unless `force`."""
-    if plugins:
+    options.check()
+    if not options.bodies:
         check_model(bundle.manifest["config"])
-    place = {**ask(None, lambda phase: None), "gpu": gpu()}
+    place = place_here(options)
     for graph in graphs:
-        facts = facts_of(bundle, graph, profile, place, plugins)
+        facts = facts_of(bundle, graph, profiles, options, place)
         path = engine_path(bundle, facts)
-        record = record_path(path)
-        known = read_record(record, facts)
-        if known and not force and path.is_file() and sha256_of(path) == known["sha256"]:
-            yield Engine(graph, path, known["seconds"], False, known["contents"])
+        known = known_records(path)
+        there = None if force else next((record for record in known if is_there(path, record)), None)
+        if there:
+            yield Engine(path, there, new=False)
             continue
-        bundle.graph_bytes(graph)  # its hash is right
-        started = time.monotonic()
+        last = known[0].seconds if known else None
+        record = build_engine(bundle, path, facts, options, last, told)
+        save(path, record)
+        yield Engine(path, record, new=True)
+
+
+def place_here(options: Options) -> dict[str, str]:
+    """Where engines that are built now are for; an error where they cannot be built so here."""
+    version = ask(None, lambda phase: None)["tensorrt"]
+    if options.refit:
+        check_refit(version)
+    try:
+        device = Device(Driver())
+    except MdmError:  # TensorRT-RTX builds without one
+        return place_of(version, None)
+    place = place_of(version, device)
+    device.close()
+    if options.hardware == "ampere-plus" and capability_of(place["gpu"]) < AMPERE:
+        raise EnvironmentLackError(
+            f"--hardware ampere-plus: the GPU that builds has to be one\nfound {place['gpu']}, expected 8.0 or newer"
+        )
+    return place
+
+
+def is_there(path: Path, known: Record) -> bool:
+    """The engine that was built, with its manifest beside it."""
+    try:
+        known.check_engine(path)
+    except InputError:
+        return False
+    known.write(manifest_path(path))
+    return True
+
+
+def save(path: Path, record: Record) -> None:
+    """For the bundle's users, and for this one, who trusts what was built here."""
+    record.write(manifest_path(path))
+    record.write(record_path(path, record.sha256))
+
+
+def build_engine(
+    bundle: Bundle, path: Path, facts: dict[str, Any], options: Options, last: float | None, told: Told
+) -> Record:
+    """Make the file, whole, or nothing."""
+    graph = facts["graph"]
+    what, described = f"graph '{graph}' of bundle '{bundle.path}'", bundle.graph(graph)
+    bundle.graph_bytes(graph)  # its hash is right
+    began = time.monotonic()
+    with made_whole(path) as partial:
+        model, library = bundle.file(described["file"]).resolve(), options.library
         request = Request(
-            str(bundle.file(bundle.graph(graph)["file"]).resolve()), str(path.parent.resolve() / path.name),
-            str(timing_cache(place["tensorrt"])), facts["shapes"], profile.workspace, profile.level,
-            plugins,
+            str(model), str(model.parent), described["operators"], str(partial.resolve()),
+            str(timing_cache(facts["tensorrt"])), facts, str(library.resolve()) if library else None,
         )  # fmt: skip
-        last = known["seconds"] if known else None
         try:
-            contents = ask(request, partial(_tell, told, graph, last))
+            contents = ask(request, lambda phase: told(Step(graph, phase, last)))
+        except (InputError, EnvironmentLackError) as error:
+            raise type(error)(f"{what}: {error}") from error
         except EngineError as error:
-            raise EngineError(f"graph '{graph}' of bundle '{bundle.path}' was not built\n{error}") from error
-        seconds = round(time.monotonic() - started, 1)
-        told_of = {"facts": facts, "sha256": sha256_of(path), "seconds": seconds, "contents": contents}
-        write_whole(record, json.dumps(told_of, indent=1).encode())
-        yield Engine(graph, path, seconds, True, contents)
+            raise EngineError(f"{what} was not built\n{error}") from error
+        return Record.of_engine(partial, facts, round(time.monotonic() - began, 1), now(), contents)
 
 
-def _tell(told: Told, graph: str, last: float | None, phase: str) -> None:
-    told(Step(graph, phase, last))
+def build_for_shapes(
+    model: Path, folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Mapping[str, str], bodies: bool
+) -> tuple[bytes, list[Kind]]:
+    """A model of no bundle, for its inputs' shapes alone -> the engine, and the plugins that it runs. `folder`: where
+    its weights are."""
+    exactly = Profile("these shapes", Span(1, 1, 1))
+    settings = settings_of([(exactly, {name: (shape,) * 3 for name, shape in shapes.items()})], Options(bodies=bodies))
+    operators = {f"{DOMAIN}.{name}": len([*asks_for(model, name)]) for name in OPERATORS}
+    with TemporaryDirectory(prefix="mdm_engine") as made:
+        engine, timing = Path(made) / "engine", timing_cache(place["tensorrt"])
+        request = Request(
+            str(model.resolve()), str(folder.resolve()), operators, str(engine), str(timing), settings, None
+        )
+        contents = ask(request, lambda phase: None)
+        return engine.read_bytes(), [(name, version, namespace) for name, version, namespace in contents["operators"]]
 
 
 def ask(request: Request | None, told: Callable[[str], object]) -> dict[str, Any]:
     """Run a child -> what it says it has done."""
-    if find_spec("tensorrt") is None:
-        raise EnvironmentLackError(
-            'TensorRT is not installed: the Python module tensorrt is missing\npip install "mdm-deploy[tensorrt]"'
-        )
     answer: dict[str, Any] = {}
     with TemporaryFile("w+", errors="replace") as words:
         child = subprocess.Popen(
@@ -125,34 +200,24 @@ def ask(request: Request | None, told: Callable[[str], object]) -> dict[str, Any
         lines = [line for line in words.read().splitlines() if line.strip()]
     if "done" in answer:
         return dict(answer["done"])
-    if "error" in answer:
-        raise EngineError(f"TensorRT says: {' '.join(answer['error'].split()):.{SAID}}\n{last_error(lines)}".rstrip())
-    raise EngineError(f"TensorRT ended its process ({code})\n{last_error(lines)}".rstrip())
+    if "kind" in answer:
+        raise ERRORS.get(answer["kind"], EngineError)(answer["error"])
+    raise failure(answer.get("error"), code, lines)
+
+
+def failure(said: str | None, code: int, lines: list[str]) -> MdmError:
+    """What a child's end means. `said`: by itself; `lines`: what TensorRT printed."""
+    last = last_error(lines)
+    if "libnvinfer_lean" in last:
+        return EnvironmentLackError(
+            "TensorRT's lean runtime is not installed, which a version-compatible engine carries within\n"
+            f"TensorRT says: {last}\npip install tensorrt-lean, in TensorRT's own version"
+        )
+    first = f"TensorRT says: {' '.join(said.split()):.{SAID}}" if said else f"TensorRT ended its process ({code})"
+    return EngineError(f"{first}\n{last}".rstrip())
 
 
 def last_error(lines: list[str]) -> str:
     """Of what TensorRT printed: the last line it calls an error, else the last line."""
     errors = [line for line in lines if "[E]" in line or "Error" in line]
     return " ".join((errors or lines or [""])[-1].split())[:SAID]
-
-
-def gpu() -> str:
-    """What engines are for. TensorRT-RTX builds without one."""
-    try:
-        device = Device(Driver())
-    except MdmError:
-        return NO_GPU
-    try:
-        return f"{device.name}, compute capability {'.'.join(map(str, device.capability))}"
-    finally:
-        device.close()
-
-
-def read_record(path: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was written of an engine, if it is of these facts."""
-    try:
-        record: dict[str, Any] = json.loads(path.read_bytes())
-        whole = float(record["seconds"]) >= 0 and {"plugins", "bytes"} <= {*record["contents"]} and record["sha256"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return record if whole and record.get("facts") == facts else None

@@ -39,7 +39,7 @@ def fake_cuda(*lacking: str) -> str:
         pytest.skip("no C compiler")
     made = Path(mkdtemp(prefix="fake_cuda")) / "libcuda.so.1"
     renamed = [f"-D{name}=not_{name}" for name in lacking]
-    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-format-zero-length"]
+    flags = ["-shared", "-fPIC", "-O1", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-format-zero-length"]
     subprocess.run([compiler, *flags, *renamed, str(SOURCE), "-o", str(made)], check=True)
     return str(made)
 

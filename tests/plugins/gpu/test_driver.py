@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,30 @@ def test_memory_goes_there_and_back(told: Told) -> None:
     assert [call.split()[0] for call in told.calls()[1:]] == [
         "cuMemAlloc_v2", "cuMemcpyHtoD_v2", "cuMemcpyDtoH_v2", "cuMemFree_v2"
     ]  # fmt: skip
+
+
+def test_copies_wait_for_their_turn_on_the_stream(told: Told) -> None:
+    driver = Driver(fake_cuda())
+    free, total = driver.memory()
+    pointer, host = driver.allocate(200), driver.allocate_host(200)
+    assert driver.memory() == (free - 256, total)
+    memory = (ctypes.c_ubyte * 200).from_address(host)
+    with driver.stream() as stream:
+        memory[:] = range(200)
+        driver.upload_later(pointer, host, 200, stream)
+        driver.synchronize(stream)
+        memory[:] = [7] * 200
+        driver.download_later(host, pointer, 200, stream)
+        assert bytes(memory) == bytes([7] * 200)
+        driver.synchronize(stream)
+        assert bytes(memory) == bytes(range(200))
+        driver.clear(pointer, 100, stream)
+        driver.download_later(host, pointer, 200, stream)
+        driver.synchronize(stream)
+    assert bytes(memory) == bytes(100) + bytes(range(100, 200))
+    driver.free_host(host)
+    driver.free(pointer)
+    assert driver.memory() == (free, total)
 
 
 def test_a_stream_is_captured_and_replayed(told: Told) -> None:
@@ -110,7 +135,14 @@ def everything() -> None:
             driver.free_graph(graph)
             driver.synchronize(stream)
         driver.call("cuModuleUnload", module)
-        pointer = driver.allocate(16)
+        driver.memory()
+        pointer, host = driver.allocate(16), driver.allocate_host(16)
+        with driver.stream() as stream:
+            driver.clear(pointer, 16, stream)
+            driver.upload_later(pointer, host, 16, stream)
+            driver.download_later(host, pointer, 16, stream)
+            driver.synchronize(stream)
+        driver.free_host(host)
         driver.upload(pointer, bytes(16))
         driver.download(pointer, 16)
         driver.free(pointer)

@@ -26,7 +26,7 @@ def hopper(pack: Pack) -> list[Row]:
 
 
 def test_it_is_of_these_kernels(pack: Pack) -> None:
-    assert pack.made_by == made_by(), "kernels have changed: mdm plugin build"
+    assert pack.made_by == made_by(), "kernels have changed: mdm plugin kernels"
     assert {*pack.entries} == {key_of(variant) for variant in variants()}
     for variant in variants():
         entry, kernel = pack.entry(variant), KERNELS[variant.kernel]

@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from unittest import mock
 
 import onnx
 import pytest
@@ -28,6 +29,7 @@ from mdm.plugins.gpu.pack import SHIPPED, Pack
 from mdm.plugins.gpu.scan import Scans
 from mdm.plugins.gpu.variants import workspace_limit
 from mdm.plugins.tensorrt.node import Described, Node
+from mdm.tools.plugin.library import build_library
 
 from ..gpu.fake_cuda import Told, fake_cuda
 from ..gpu.test_scan import PATTERNS, launched
@@ -74,16 +76,25 @@ def node_probe() -> Path:
 
 
 @cache
-def library() -> Path:
-    """As a user builds it, warnings being errors."""
-    root, cmake = headers().parent, shutil.which("cmake")
-    if cmake is None:
+def built() -> tuple[Path, str]:
+    """As a user builds it, warnings being errors; and the version of the headers."""
+    root = headers().parent
+    if shutil.which("cmake") is None:
         pytest.skip("no CMake")
-    build = Path(mkdtemp(prefix="mdm_tensorrt"))
-    configure = ["-S", SOURCES, "-B", build, f"-DTENSORRT_ROOT={root}", "-DCMAKE_CXX_FLAGS=-Werror"]
-    subprocess.run([cmake, *configure], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([cmake, "--build", build], check=True, stdout=subprocess.DEVNULL)
-    return build / "libmdm_tensorrt.so"
+    made = Path(mkdtemp(prefix="mdm_tensorrt")) / "libmdm_tensorrt.so"
+    with mock.patch.dict(os.environ, CXXFLAGS="-Werror"):
+        return made, build_library(root, made)
+
+
+def library() -> Path:
+    return built()[0]
+
+
+def library_for_rig() -> Path:
+    made, version = built()
+    if not version.startswith("11."):
+        pytest.skip("the rig is TensorRT 11, and TENSORRT_ROOT is another: classes of the two are laid out otherwise")
+    return made
 
 
 @cache
@@ -329,10 +340,7 @@ def test_creators() -> None:
 @pytest.fixture
 def library_in_rig(in_rig: InRig) -> InRig:
     """in_rig with the library loaded."""
-    version = (headers() / "NvInferVersion.h").read_text()
-    if not re.search(r"define (TRT_MAJOR_ENTERPRISE|NV_TENSORRT_MAJOR) 11\b", version):
-        pytest.skip("the rig is TensorRT 11, and TENSORRT_ROOT is another: classes of the two are laid out otherwise")
-    return partial(in_rig, plugins=str(library()))
+    return partial(in_rig, plugins=str(library_for_rig()))
 
 
 def test_tensorrt_builds_with_it(tiny: Any, library_in_rig: InRig, tmp_path: Path) -> None:

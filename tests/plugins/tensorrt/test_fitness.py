@@ -122,6 +122,16 @@ def test_three_blocks_of_real_width_build(preset: str, precision: str, in_rig: I
     hold(whole, in_rig(whole), True)
 
 
+def test_a_build_that_fails_says_why_and_harms_nothing(models: dict[str, Path], in_rig: InRig, tmp_path: Path) -> None:
+    """A text longer than the model's positions. Without `Plugin.destroy` the bindings then free the plugins twice."""
+    bundle = exported(models["mdm"], tmp_path / "bundle", "fp16")
+    model = str(bundle / "denoise_text.onnx")
+    long, right = ({"model": model, "profiles": [{"batch": [1, 2, 4], "tokens": [8, t, t]}]} for t in (24, 20))
+    told = in_rig([long, right, long, long, right])
+    assert [said["bytes"] > 0 for said in told] == [False, True, False, False, True]
+    assert "24 != 20" in told[0]["said"][-1]
+
+
 def test_what_no_kernel_serves_stops_the_build(tiny: Any, in_rig: InRig, tmp_path: Path) -> None:
     """A state of 8, in our words. TensorRT-RTX then ends the process, so a build has one of its own."""
     bundle = exported(write_model(tmp_path / "model", tiny()), tmp_path / "bundle", "fp16")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mdm.plugins.errors import InputError
-from mdm.runtime.tensorrt.profiles import PROFILES, Profile, Span, find_profile, shapes_of
+from mdm.runtime.tensorrt.profiles import PROFILES, Profile, Span, find_profile, find_profiles, shapes_of
 
 MANIFEST: dict[str, Any] = {
     "picture": {"size": 32, "factor": 1, "patch": 4},
@@ -43,6 +43,22 @@ def test_shapes_follow_from_texts_and_pictures() -> None:
     assert shapes_of(MANIFEST, "decode_text", PROFILES["latency"])["z"] == ((1, 8), (1, 20), (4, 20))
     some = Profile("some", Span(1, 2, 3), (20,))
     assert shapes_of(MANIFEST, "step_joint", some)["base"] == ((1, 84, 16), (2, 84, 16), (3, 84, 16))
+
+
+def test_the_halves_of_an_autoencoder_get_samples_one_by_one() -> None:
+    """However many the steps take at a time."""
+    for name, most in (("latency", 4), ("throughput", 16), ("edge", 1)):
+        assert shapes_of(MANIFEST, "decode_text", PROFILES[name])["z"] == ((1, 8), (1, 20), (most, 20))
+    assert shapes_of(MANIFEST, "decode_text", Profile("some", Span(3, 5, 7)))["z"] == ((1, 8), (1, 20), (7, 20))
+
+
+def test_several_profiles_have_a_name_each(tmp_path: Path) -> None:
+    (tmp_path / "edge.json").write_text("{}")
+    named = find_profiles(["edge", "latency"])
+    assert named == [PROFILES["edge"], PROFILES["latency"]]
+    for twice in (["latency", "edge", "latency"], ["edge", str(tmp_path / "edge.json")]):
+        with pytest.raises(InputError, match=f"two profiles have the name '{twice[0]}'"):
+            find_profiles(twice)
 
 
 def test_an_autoencoder_of_any_size_is_built_for_the_models_pictures() -> None:

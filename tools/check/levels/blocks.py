@@ -15,10 +15,11 @@ from onnx import ModelProto
 
 from mdm.export.truth import Arrays, points_of
 from mdm.plugins.errors import MdmError
-from mdm.runtime.ort import OrtBackend, engine_errors
+from mdm.runtime.ort import engine_errors
 from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.nodes.bisect import bisect
+from mdm.tools.check.nodes.sessions import session_on
 from mdm.tools.check.nodes.submodel import Run
 from mdm.tools.check.nodes.wiring import operator_of
 from mdm.tools.check.report import BlockErrors, Divergence
@@ -90,14 +91,12 @@ class Placer:
 
     def on_engine(self, graph: str) -> Run:
         backend = self.standard.model.backend
-        assert isinstance(backend, OrtBackend)
 
         def run(model: ModelProto, feeds: dict[str, Array], wanted: list[str]) -> list[Array]:
             operators = {operator_of(node.domain, node.op_type) for node in model.graph.node}
-            session = backend.session(model.SerializeToString(), graph, operators)
+            session = session_on(backend, model.SerializeToString(), graph, operators)
             with engine_errors(f"a part of graph '{graph}'"):
-                found: list[Array] = session.run(wanted, feeds)
-            return found
+                return list(session.run(wanted, feeds))
 
         return run
 

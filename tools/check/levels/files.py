@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from mdm.plugins.errors import InputError, MdmError, ParityError
+from mdm.runtime.backend import Backend
 from mdm.runtime.bundle import Bundle, manifest_schema, sha256_of
 from mdm.runtime.consistency import check_model
 from mdm.runtime.json_schema import parse_json, told, validate
 from mdm.runtime.model import MAX_TABLE, makes, modalities_of
-from mdm.runtime.ort import OrtBackend
 from mdm.runtime.schedule import make_schedule
 from mdm.runtime.solver import ROW, solver_table
 from mdm.tools.check.finding import Array, Finding, Verdict
@@ -28,7 +28,7 @@ WEIGHTS = "weights.safetensors"  # the checkpoint itself, wherever a bundle has 
 TABLE_LIMIT = 1e-9  # of a coefficient, relative to itself or to 1 if that is larger: both sides are float64
 
 
-def check_files(bundle: Bundle, backend: OrtBackend) -> Iterator[Finding]:
+def check_files(bundle: Bundle, backend: Backend) -> Iterator[Finding]:
     yield from check_hashes(bundle)
     sound = verdict_of("manifest.json", "its parts fit", lambda: check_model(bundle.manifest, "the bundle"))
     yield sound
@@ -91,14 +91,18 @@ def check_weights(manifest: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------- graphs
 
 
-def check_graphs(bundle: Bundle, backend: OrtBackend) -> Iterator[Finding]:
+def check_graphs(bundle: Bundle, backend: Backend) -> Iterator[Finding]:
     checker = find_spec("onnx") is not None
     if not checker:
         yield skipped("graphs", "onnx.checker", "the Python module onnx is not installed")
     for name in bundle.manifest["graphs"]:
         if checker:
             yield verdict_of(name, "onnx.checker", partial(check_onnx, bundle, name))
-        yield verdict_of(name, f"loads on {backend.name}", partial(check_loads, bundle, backend, name))
+        loads = f"loads on {backend.name}"
+        if reason := backend.lacks(name):
+            yield skipped(name, loads, reason)
+        else:
+            yield verdict_of(name, loads, partial(check_loads, bundle, backend, name))
 
 
 def check_onnx(bundle: Bundle, name: str) -> None:
@@ -112,11 +116,10 @@ def check_onnx(bundle: Bundle, name: str) -> None:
         raise ParityError(f"it is not valid ONNX: {' '.join(str(error).split())[:300]}") from error
 
 
-def check_loads(bundle: Bundle, backend: OrtBackend, name: str) -> None:
+def check_loads(bundle: Bundle, backend: Backend, name: str) -> None:
     """With inputs and outputs as the manifest has them, and made when the manifest says, of what it says."""
     manifest = bundle.manifest
-    backend.graph(name)
-    written = backend.loaded[name].session.get_modelmeta().custom_metadata_map
+    written = backend.graph(name).metadata
     expected = {
         "mdm.graph": name,
         "mdm.precision": manifest["precision"],

@@ -18,19 +18,17 @@ import numpy as np
 
 from mdm.plugins.contract import DOMAIN, OPERATORS, SCANS, SHORT_CONV, SSD_SCAN, Operator
 from mdm.plugins.errors import MdmError
-from mdm.plugins.library import REGISTERED
+from mdm.runtime.backend import Backend
 from mdm.runtime.bundle import Bundle
-from mdm.runtime.ort import OrtBackend, engine_errors, session_options
+from mdm.runtime.ort import engine_errors
 from mdm.tools.check.finding import Array, Finding, Verdict, difference
 from mdm.tools.check.limits import Multiples
+from mdm.tools.check.nodes.sessions import BODY, forms_on, session_on
 
 if TYPE_CHECKING:
     from onnx import FunctionProto, ModelProto, NodeProto
-    from onnxruntime import InferenceSession
-
 LEVEL = "operators"
 TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of activations, by precision
-LIBRARY, BODY = "native library", "function body"
 STEPS = ("delta", "dt")  # a scan's input
 SHORT = (1, 37, 65)  # one token, an odd number, one past the edge of a chunk
 LONG = (129, 1063)  # at least past two edges; at most, as far as WORK goes
@@ -68,7 +66,7 @@ class Case:
         return f"length {self.length}, {'long decay, ' if self.long_decay else ''}seed {self.seed}"
 
 
-def check_operators(backend: OrtBackend, multiples: Multiples, seeds: Sequence[int]) -> Iterator[Finding]:
+def check_operators(backend: Backend, multiples: Multiples, seeds: Sequence[int]) -> Iterator[Finding]:
     if find_spec("onnx") is None:
         reason = "the Python module onnx is not installed, which a model of one operator is made with"
         yield Finding(LEVEL, LEVEL, "", "", Verdict.SKIPPED, reason)
@@ -85,17 +83,14 @@ def check_operators(backend: OrtBackend, multiples: Multiples, seeds: Sequence[i
         yield from check_one(backend, multiples, subject, its)
 
 
-def check_one(backend: OrtBackend, multiples: Multiples, subject: Subject, cases: Sequence[Case]) -> Iterator[Finding]:
+def check_one(backend: Backend, multiples: Multiples, subject: Subject, cases: Sequence[Case]) -> Iterator[Finding]:
     manifest = backend.bundle.manifest
     dtype, sizes = TYPES[manifest["precision"]], sizes_of(manifest["config"])
     content = one_node(subject, dtype)
     forms = {}
-    for place, part in enumerate(parts_of(backend, subject)):
+    for part in forms_on(backend, subject.used, subject.body is not None):
         try:
-            if place:
-                forms[part] = without_library(backend, subject, content)
-            else:
-                forms[part] = backend.session(content, subject.name, subject.used)
+            forms[part] = session_on(backend, content, subject.name, subject.used, by_body=part == BODY)
         except MdmError as error:
             yield failed(subject.name, part, "", error)
     for case in cases:
@@ -164,23 +159,6 @@ def cases_of(config: Mapping[str, Any], seeds: Sequence[int], scans: int) -> lis
         cases += [Case(length, 2, False, seed) for length in SHORT]
         cases += [Case(long, 1, long_decay, seed) for long_decay in (False, True)]
     return cases
-
-
-def parts_of(backend: OrtBackend, subject: Subject) -> list[str]:
-    """The forms to judge: first what the backend takes, then, where that is the library, the body behind it."""
-    try:
-        backend.options(subject.used).get_session_config_entry(REGISTERED)
-    except RuntimeError:  # no such entry: the library was not built, or is not for this backend
-        return [BODY]
-    return [LIBRARY] if subject.body is None else [LIBRARY, BODY]
-
-
-def without_library(backend: OrtBackend, subject: Subject, content: bytes) -> InferenceSession:
-    from onnxruntime import InferenceSession
-
-    options = session_options(backend.bundle.path, backend.threads, native=False)
-    with engine_errors(f"the function body of {subject.name}"):
-        return InferenceSession(content, options, providers=[backend.provider_options()])
 
 
 def one_node(subject: Subject, dtype: str) -> bytes:

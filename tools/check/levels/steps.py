@@ -24,6 +24,9 @@ LEVEL = "steps"
 
 
 def check_graph(standard: Standard, model: Model, graph: str, multiples: Multiples) -> Iterator[Finding]:
+    if reason := model.backend.lacks(graph):
+        yield Finding(LEVEL, graph, "", "", Verdict.SKIPPED, reason)
+        return
     there = False
     for case in standard.cases(graph):
         there = True

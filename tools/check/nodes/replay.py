@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from mdm.plugins.errors import EnvironmentLackError, InputError
+from mdm.runtime.backends import BACKENDS, TENSORRT
 from mdm.runtime.ort import PROVIDERS, engine_errors, require_engine, session_options
 from mdm.runtime.safetensors_header import read_array, read_header
 from mdm.tools.check.finding import Array, Difference, Limits, difference
+from mdm.tools.check.nodes.sessions import BuiltSession
 
 MODEL, CASE, README, WEIGHTS = "model.onnx", "case.safetensors", "README.txt", "weights.bin"
 ABOUT = "mdm.case"  # key of the metadata
@@ -73,11 +75,15 @@ def limits_in(text: str, folder: Path) -> tuple[dict[str, Limits], bool]:
 
 
 def run(folder: Path, backend_name: str, feeds: dict[str, Array], wanted: list[str], looped: bool) -> list[Array]:
+    if backend_name not in BACKENDS:
+        raise InputError(f"unknown backend '{backend_name}'\nbackends: {', '.join(BACKENDS)}")
+    if backend_name == TENSORRT:
+        from mdm.runtime.tensorrt.library import Library
+
+        return BuiltSession(Library(), (folder / MODEL).read_bytes(), str(folder), folder).run(wanted, feeds)
     require_engine()
     import onnxruntime
 
-    if backend_name not in PROVIDERS:
-        raise InputError(f"unknown backend '{backend_name}'\nbackends: {', '.join(PROVIDERS)}")
     provider, device = PROVIDERS[backend_name]
     if provider not in onnxruntime.get_available_providers():
         raise EnvironmentLackError(f"backend '{backend_name}' needs ONNX Runtime's {provider}, which is not here")

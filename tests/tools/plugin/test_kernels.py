@@ -1,4 +1,4 @@
-"""`mdm plugin build` and `report`, on one small kernel for one architecture."""
+"""`mdm plugin kernels` and `report`, on one small kernel for one architecture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mdm.plugins.gpu.pack import Pack
 from mdm.plugins.gpu.variants import variants
 from mdm.tools.main import main
 
-WORDS = ["plugin", "build", "--arch", "90", "--kernel", "carry_states", "--jobs", "1"]
+WORDS = ["plugin", "kernels", "--arch", "90", "--kernel", "carry_states", "--jobs", "1"]
 
 
 def test_a_pack_is_built_and_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,10 +43,10 @@ def test_a_kernel_that_spills_is_an_error(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["build", "--arch", "61"], "expected one of: 80"),
-        (["build", "--kernel", "scan"], "kernels: "),
-        (["build", "--arch", "90"], "name another with --out"),
-        (["build", "--kernel", "ssd_scan"], "name another with --out"),
+        (["kernels", "--arch", "61"], "expected one of: 80"),
+        (["kernels", "--kernel", "scan"], "kernels: "),
+        (["kernels", "--arch", "90"], "name another with --out"),
+        (["kernels", "--kernel", "ssd_scan"], "name another with --out"),
         (["report", "--arch", "61"], "expected one of: 80"),
         (["report", "nowhere.pack"], "nowhere.pack"),
     ],

@@ -1,5 +1,5 @@
-"""`mdm plugin build` and `report`: compile the GPU kernels into a pack, and say what they take. They need Triton, and
-no GPU."""
+"""`mdm plugin kernels` and `report`: compile the GPU kernels into a pack, and say what they take. They need Triton, and
+no GPU. The package comes with its pack: this is for whoever changes a kernel."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ from mdm.plugins.gpu.resources import Row
 from mdm.tools.options import FILE, json_option, print_json, progress_bar
 
 
-@click.group("plugin")
-def command() -> None:
-    """What runs the scans on a GPU."""
-
-
-@command.command("build")
+@click.command("kernels")
 @click.option("--out", type=FILE, default=SHIPPED, help="The pack. Default: the package's own.")
 @click.option("--arch", "architectures", multiple=True, help="Compute capability without the dot; default all of ours.")
-@click.option("--kernel", "kernels", multiple=True, help="Only this kernel; may be repeated.")
+@click.option("--kernel", "names", multiple=True, help="Only this kernel; may be repeated.")
 @click.option("--jobs", type=int, help="Processes that compile. Default: one a core.")
 @json_option
-def build(out: Path, architectures: tuple[str, ...], kernels: tuple[str, ...], jobs: int | None, as_json: bool) -> None:
+def kernels(out: Path, architectures: tuple[str, ...], names: tuple[str, ...], jobs: int | None, as_json: bool) -> None:
     """Compile every kernel for every architecture (2 minutes on 2 cores), and print what each takes.
 
     A kernel that spills on sm_90, or wants more shared memory than its architecture has, is an error.
@@ -34,11 +29,11 @@ def build(out: Path, architectures: tuple[str, ...], kernels: tuple[str, ...], j
     from mdm.plugins.gpu.variants import variants
 
     refuse_unknown(architectures)
-    chosen = [variant for variant in variants() if not kernels or variant.kernel in kernels]
+    chosen = [variant for variant in variants() if not names or variant.kernel in names]
     if not chosen:
         known = ", ".join(dict.fromkeys(variant.kernel for variant in variants()))
-        raise InputError(f"there is no kernel {' or '.join(kernels)}\nkernels: {known}")
-    if out == SHIPPED and (architectures or kernels):
+        raise InputError(f"there is no kernel {' or '.join(names)}\nkernels: {known}")
+    if out == SHIPPED and (architectures or names):
         raise InputError("a part of the kernels does not replace the package's own pack\nname another with --out")
     with progress_bar(as_json) as bar:
         shown = bar.add_task("compile", total=len(chosen), note="")
@@ -52,7 +47,7 @@ def build(out: Path, architectures: tuple[str, ...], kernels: tuple[str, ...], j
     tell(out, table, as_json)
 
 
-@command.command("report")
+@click.command("report")
 @click.argument("path", metavar="[PACK]", type=FILE, default=SHIPPED)
 @click.option("--arch", "architectures", multiple=True, help="Only this one; may be repeated.")
 @json_option
@@ -72,11 +67,11 @@ def refuse_unknown(architectures: tuple[str, ...]) -> None:
 def tell(path: Path, table: list[Row], as_json: bool) -> None:
     from mdm.plugins.gpu import resources
 
-    size, kernels = path.stat().st_size, len({row.key for row in table})
+    size, compiled = path.stat().st_size, len({row.key for row in table})
     if as_json:
         print_json({"pack": str(path), "bytes": size, "entries": [asdict(row) for row in table]})
     else:
         click.echo(resources.text(table))
-        click.echo(f"{path}: {kernels} kernels, {size / 1e6:.1f} MB")
+        click.echo(f"{path}: {compiled} kernels, {size / 1e6:.1f} MB")
     if problems := resources.problems(table):
         raise EngineError("\n".join(problems[:3]))

@@ -1,0 +1,91 @@
+"""A bundle's graph as an engine of TensorRT runs it, for lanes and for arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from mdm.plugins.errors import EngineError, InputError
+from mdm.runtime.backend import Array, Buffer, Spec
+from mdm.runtime.tensorrt.engine import Engine, Run, check_aligned
+from mdm.runtime.tensorrt.gpu import GpuBuffer
+
+MOST_STAGED = 4  # sets of shapes for which a graph keeps buffers for arrays
+
+
+class TensorRtGraph:
+    metadata: Mapping[str, str] = {}  # an engine keeps none
+
+    def __init__(self, engine: Engine, inputs: Mapping[str, Spec], outputs: Mapping[str, Spec]) -> None:
+        self.engine, self.inputs, self.outputs = engine, inputs, outputs
+        self.bound: WeakKeyDictionary[Any, dict[Any, Callable[[], None]]] = WeakKeyDictionary()
+        first = next(iter(inputs))  # the batch is every tensor's first dimension
+        spans = [(profile[first][0][0], profile[first][2][0]) for profile in engine.profiles]
+        self.batches: Sequence[int] = sorted({size for least, most in spans for size in range(least, most + 1)})
+        self._staged: dict[Any, tuple[dict[str, GpuBuffer], dict[str, GpuBuffer], Run]] = {}
+
+    def bind(
+        self, runs: Sequence[tuple[Mapping[str, Buffer], Mapping[str, Buffer]]], first: int, count: int
+    ) -> Callable[[], None]:
+        chain = []
+        for buffers in ({**inputs, **outputs} for inputs, outputs in runs):
+            if short := [name for name, buffer in buffers.items() if first + count > len(buffer.host)]:
+                raise EngineError(
+                    f"graph '{self.engine.name}': rows {first} to {first + count} are not all in {short[0]}"
+                )
+            chain.append({name: buffer.address(first) for name, buffer in buffers.items()})
+            check_aligned(self.engine.name, chain[-1])
+        shapes = tuple((name, (count, *buffer.host.shape[1:])) for name, buffer in runs[0][0].items())
+        self.engine.profile_for(shapes)  # said now, not at the first run
+        return Run(self.engine, shapes, chain)
+
+    def run(self, wanted: Sequence[str], **inputs: Array) -> list[Array]:
+        """Arrays of more samples than the engine takes go through it piece by piece."""
+        if inputs.keys() != self.inputs.keys():
+            raise InputError(
+                f"graph '{self.engine.name}' was given {', '.join(inputs)}\nexpected {', '.join(self.inputs)}"
+            )
+        count, most = len(next(iter(inputs.values()))), self.batches[-1]
+        pieces = [
+            self._run_piece(wanted, {name: array[at : at + most] for name, array in inputs.items()})
+            for at in range(0, count, most)
+        ]
+        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+    def _run_piece(self, wanted: Sequence[str], inputs: Mapping[str, Array]) -> list[Array]:
+        count = len(next(iter(inputs.values())))
+        room = next(size for size in self.batches if size >= count)
+        here, there, run = self._stage(tuple((name, (room, *inputs[name].shape[1:])) for name in self.inputs))
+        with self.engine.gpu.mine():  # a thread that came between would use the same buffers
+            for name, buffer in here.items():
+                buffer.host[:count] = inputs[name]
+                buffer.host[count:] = inputs[name][-1]
+                buffer.push()
+            run()
+            for name in wanted:
+                there[name].pull()
+            return [there[name].host[:count].copy() for name in wanted]
+
+    def _stage(self, shapes: Any) -> tuple[dict[str, GpuBuffer], dict[str, GpuBuffer], Run]:
+        """Buffers for inputs and outputs of these shapes."""
+        if shapes not in self._staged:
+            gpu = self.engine.gpu
+            sizes = {
+                letter: size
+                for name, shape in shapes
+                for letter, size in zip(self.inputs[name].shape, shape, strict=True)
+                if isinstance(letter, str)
+            }
+            here, there = (
+                {name: GpuBuffer(gpu, spec.sized(**sizes), spec.dtype) for name, spec in specs.items()}
+                for specs in (self.inputs, self.outputs)
+            )
+            run = self.bind([(here, there)], 0, shapes[0][1][0])
+            assert isinstance(run, Run)
+            if len(self._staged) == MOST_STAGED:
+                del self._staged[next(iter(self._staged))]
+            self._staged[shapes] = here, there, run
+        return self._staged[shapes]

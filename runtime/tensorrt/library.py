@@ -1,0 +1,70 @@
+"""TensorRT's library on one GPU of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from mdm.plugins.errors import EngineError, EnvironmentLackError
+from mdm.runtime.tensorrt.engines import place_of
+from mdm.runtime.tensorrt.gpu import Gpu
+from mdm.runtime.tensorrt.versions import Kind, tensorrt_module
+
+SAID = 300  # characters of its words
+
+
+class Library:
+    """`trt` is its Python module, `place` what engines that run here were built for."""
+
+    def __init__(self, device: int = 0) -> None:
+        self.trt = tensorrt_module(lean=True)
+        self.gpu = Gpu(device)
+        self.place = place_of(self.trt.__version__, self.gpu.device)
+        self.log = make_log(self.trt)
+        with self.gpu.mine():
+            self.runtime = self.trt.Runtime(self.log)
+
+    def deserialize(self, plan: Any, plugins: Sequence[Kind], carries_code: bool = False) -> Any:
+        """TensorRT's engine from a plan's bytes, which TensorRT believes whatever they are. `plugins`: what it runs;
+        `carries_code`: it brings those, and a runtime."""
+        if plugins and not carries_code:
+            self.require(plugins)
+        with self.gpu.mine():
+            self.runtime.engine_host_code_allowed = carries_code
+            made = self.runtime.deserialize_cuda_engine(plan)
+        if made is None:
+            raise EngineError(f"TensorRT {self.trt.__version__} does not load the engine: {self.log.take()}")
+        return made
+
+    def require(self, plugins: Sequence[Kind]) -> None:
+        """Our plugins, registered; then what an engine was built with has to be among them."""
+        from mdm.plugins.tensorrt.python_plugin import register
+
+        register()
+        for name, version, namespace in plugins:
+            if self.trt.get_plugin_registry().get_creator(name, version, namespace) is None:
+                raise EnvironmentLackError(
+                    f"the engine wants the plugin {name} version {version} of '{namespace}', which is not here\n"
+                    "it was built by another mdm-deploy: build it again with mdm build --force"
+                )
+
+
+@cache
+def make_log(trt: Any) -> Any:
+    """A logger that keeps the last error, for a message of ours: TensorRT takes one for the whole process."""
+
+    class Log(trt.ILogger):  # of a module that is not always there
+        def __init__(self) -> None:
+            super().__init__()
+            self.said = ""
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.said = " ".join(text.split())[:SAID]
+
+        def take(self) -> str:
+            said, self.said = self.said, ""
+            return said
+
+    return Log()

@@ -1,0 +1,1 @@
+"""`mdm plan`: what a build would do, told before it. `command.py` starts it."""

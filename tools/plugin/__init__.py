@@ -1,0 +1,1 @@
+"""`mdm plugin`: what runs the operators on a GPU, made and tried."""
