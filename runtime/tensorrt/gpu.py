@@ -88,7 +88,7 @@ class Gpu:
         """Zeros in host memory that the GPU copies from and to by itself."""
         kind = np.dtype(dtype)
         size = math.prod(shape) * kind.itemsize
-        pointer = self.driver.allocate_host(size)
+        pointer = self.driver.allocate_host(max(1, size))
         memory = (ctypes.c_ubyte * size).from_address(pointer)
         self.drop_with(memory, self.driver.free_host, pointer)  # arrays hold on to it
         ctypes.memset(pointer, 0, size)

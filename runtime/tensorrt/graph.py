@@ -25,7 +25,7 @@ class TensorRtGraph:
         first = next(iter(inputs))  # the batch is every tensor's first dimension
         spans = [(profile[first][0][0], profile[first][2][0]) for profile in engine.profiles]
         self.batches: Sequence[int] = sorted({size for least, most in spans for size in range(least, most + 1)})
-        self._staged: dict[Any, tuple[dict[str, GpuBuffer], dict[str, GpuBuffer], Run]] = {}
+        self._staged: dict[Any, tuple[dict[str, GpuBuffer], dict[str, GpuBuffer], Callable[[], None]]] = {}
 
     def bind(
         self, runs: Sequence[tuple[Mapping[str, Buffer], Mapping[str, Buffer]]], first: int, count: int
@@ -69,7 +69,7 @@ class TensorRtGraph:
                 there[name].pull()
             return [there[name].host[:count].copy() for name in wanted]
 
-    def _stage(self, shapes: Any) -> tuple[dict[str, GpuBuffer], dict[str, GpuBuffer], Run]:
+    def _stage(self, shapes: Any) -> tuple[dict[str, GpuBuffer], dict[str, GpuBuffer], Callable[[], None]]:
         """Buffers for inputs and outputs of these shapes."""
         if shapes not in self._staged:
             gpu = self.engine.gpu
@@ -84,7 +84,6 @@ class TensorRtGraph:
                 for specs in (self.inputs, self.outputs)
             )
             run = self.bind([(here, there)], 0, shapes[0][1][0])
-            assert isinstance(run, Run)
             if len(self._staged) == MOST_STAGED:
                 del self._staged[next(iter(self._staged))]
             self._staged[shapes] = here, there, run

@@ -240,6 +240,15 @@ def test_progress_is_told(bundle: Path, rig: dict[str, str]) -> None:
     assert build(bundle, rig, *words, "--json", "--force").stderr == ""
 
 
+@pytest.mark.parametrize("version", ["10.3.0.26", "10.6.0.26", "10.7.0.23", "11.4.0.106"])
+def test_plugins_are_taken_by_every_version(bundle: Path, stand_in: dict[str, str], version: str) -> None:
+    """Before 10.7 TensorRT takes a file's functions first: they are left out."""
+    run = build(bundle, {**stand_in, "STAND_IN_TENSORRT": version}, "--graph", TINY, "--json")
+    assert run.returncode == 0, run.stderr
+    (made,) = json.loads(run.stdout)["engines"]
+    assert (made["contents"]["plugins"], made["facts"]["tensorrt"]) == (14, version)
+
+
 def test_nothing_is_written_outside(bundle: Path, rig: dict[str, str], tmp_path: Path) -> None:
     """A bundle whose folder of engines is a link, or that has links where a file is to be."""
     outside = tmp_path / "outside"

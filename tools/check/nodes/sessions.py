@@ -62,16 +62,20 @@ class BuiltSession:
     def __init__(self, library: Library, content: bytes, name: str, folder: Path, by_body: bool = False) -> None:
         """`folder`: where its weights are."""
         self.library, self.content, self.name, self.folder, self.by_body = library, content, name, folder, by_body
-        self.engines: dict[Shapes, Engine] = {}
+        self.engines: dict[Any, Engine] = {}
 
     def run(self, wanted: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
         from mdm.runtime.tensorrt.engine import Run
         from mdm.runtime.tensorrt.gpu import GpuBuffer
 
+        # They may be sizes, which TensorRT takes from this side's memory and wants to know ranges of: built in.
+        sizes = {name: array for name, array in feeds.items() if array.dtype.kind == "i" and array.ndim < 2}
+        feeds = {name: array for name, array in feeds.items() if name not in sizes}
         shapes = tuple((name, array.shape) for name, array in feeds.items())
-        if shapes not in self.engines:
-            self.engines[shapes] = self.build(shapes)
-        engine, gpu = self.engines[shapes], self.library.gpu
+        key = shapes, tuple((name, *array.ravel()) for name, array in sizes.items())
+        if key not in self.engines:
+            self.engines[key] = self.build(shapes, sizes)
+        engine, gpu = self.engines[key], self.library.gpu
         with gpu.mine():
             context = engine.fit(shapes).context
         buffers = {
@@ -80,18 +84,31 @@ class BuiltSession:
         for name, array in feeds.items():
             buffers[name].host[...] = array
             buffers[name].push()
-        Run(engine, shapes, [{name: buffer.address(0) for name, buffer in buffers.items()}])()
+        Run(engine, shapes, [{name: buffer.pointer for name, buffer in buffers.items()}])()
         outputs = [name for name in engine.tensors if name not in engine.inputs] if wanted is None else wanted
         for name in outputs:
             buffers[name].pull()
         return [buffers[name].host.copy() for name in outputs]
 
-    def build(self, shapes: Shapes) -> Engine:
+    def build(self, shapes: Shapes, sizes: Mapping[str, Array]) -> Engine:
         from mdm.runtime.tensorrt.engine import Engine
         from mdm.tools.engines.run import build_for_shapes
 
         with TemporaryDirectory(prefix="mdm_model") as made:
             model = Path(made) / "model.onnx"
-            model.write_bytes(self.content)
+            model.write_bytes(with_constants(self.content, sizes) if sizes else self.content)
             plan, plugins = build_for_shapes(model, self.folder, dict(shapes), self.library.place, self.by_body)
         return Engine(self.name, self.library, self.library.deserialize(plan, plugins))
+
+
+def with_constants(content: bytes, values: Mapping[str, Array]) -> bytes:
+    """A model with these inputs as constants."""
+    from onnx import load_model_from_string, numpy_helper
+
+    model = load_model_from_string(content)
+    for place, one in reversed([*enumerate(model.graph.input)]):
+        if one.name in values:
+            del model.graph.input[place]
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in values.items())
+    made: bytes = model.SerializeToString()
+    return made

@@ -10,7 +10,9 @@ from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from .computing import view
+import numpy as np
+
+from .computing import NUMPY, view
 from .cuda import GRANULE, Memory, block, capturing, driver, enqueue, has_context
 from .enums import DataType, ExecutionContextAllocationStrategy
 from .plan import Dims
@@ -95,14 +97,15 @@ class Run:
 
 class IExecutionContext:
     __slots__ = (
-        "__weakref__", "_addresses", "_changes", "_memory", "_need", "_plugins", "_shapes", "_size", "_stale", "_start",
-        "_strategy", "_switch", "active_optimization_profile", "engine", "name",
+        "__weakref__", "_addresses", "_changes", "_found", "_memory", "_need", "_plugins", "_shapes", "_size", "_stale",
+        "_start", "_strategy", "_switch", "active_optimization_profile", "engine", "name",
     )  # fmt: skip
 
     def __init__(self, engine: ICudaEngine, strategy: ExecutionContextAllocationStrategy) -> None:
         self.engine, self._strategy, self.name = engine, strategy, ""
         self.active_optimization_profile = 0
         self._shapes: dict[str, Dims] = {}
+        self._found: dict[str, Dims] = {}  # outputs whose shapes the file does not say
         self._addresses: dict[str, int] = {}
         self._changes = 0  # of shapes, profile and device memory: what a graph captured is of this state
         self._stale = True  # the next run updates what depends on shapes, which no capture may hold
@@ -159,6 +162,7 @@ class IExecutionContext:
                                 f"{self.active_optimization_profile}: {least} to {most}")  # fmt: skip
         if self._shapes.get(name) != given:
             self._shapes[name] = given
+            self._found.clear()
             self._change()
         return True
 
@@ -174,7 +178,20 @@ class IExecutionContext:
         described = self.engine._tensors[name]
         if described["mode"] == "INPUT":
             return self._shapes.get(name, self.engine.get_tensor_shape(name))
+        if described["shape"] is None:
+            return self._seen(name)
         return sizes_of(described["shape"], {} if self.infer_shapes() else self._sizes())
+
+    def _seen(self, name: str) -> Dims:
+        """Of an output that the file says no shape of: what a run on zeros gives."""
+        if name not in self._found:
+            tensors = self.engine._tensors.items()
+            inputs = [(one, tensor["dtype"]) for one, tensor in tensors if tensor["mode"] == "INPUT"]
+            feeds = {one: np.zeros(self.get_tensor_shape(one), NUMPY[dtype]) for one, dtype in inputs}
+            open_ = [one for one, tensor in tensors if tensor["shape"] is None]
+            made = self.engine._session.run(open_, feeds)
+            self._found |= {one: Dims(value.shape) for one, value in zip(open_, made, strict=True)}
+        return self._found[name]
 
     def infer_shapes(self) -> list[str]:
         """Raises where inputs that share a dimension disagree."""

@@ -137,7 +137,7 @@ class ICudaEngine:
         return False
 
     def get_tensor_shape(self, name: str) -> Dims:
-        return sizes_of(self._tensors[name]["shape"], {})
+        return sizes_of(self._tensors[name]["shape"] or (), {})
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Dims]:
         if (

@@ -1,7 +1,7 @@
 """The ONNX parser, and the network it fills: each node goes to a plugin, an importer of TensorRT's, or its function.
 
 In TensorRT's order: a plugin where the node names a namespace and one is registered; an importer by the operator's name
-alone, here for all of the standard domain; a function of the file.
+alone, here for all of the standard domain; a function of the file. Before 10.7 the function comes first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .enums import DataType, LayerType, NetworkDefinitionCreationFlag, OnnxParserFlag, Severity, TensorRTPhase
-from .plan import Dims
+from .plan import VERSION, Dims
 from .plugins import plugin_of
 from .words import needs, say, use
 
@@ -27,6 +27,9 @@ LAYERS = {
 }  # fmt: skip
 
 
+VERSION_NUMBERS = tuple(map(int, VERSION.split(".")[:2]))
+
+
 class ITensor:
     """An input or output of a network."""
 
@@ -35,11 +38,14 @@ class ITensor:
     def __init__(self, value: Any) -> None:
         tensor = value.type.tensor_type
         self.name, self.dtype = value.name, TYPES[tensor.elem_type]
-        self._sizes: list[int | str] = [d.dim_param or d.dim_value for d in tensor.shape.dim]
+        # None: the file does not say, and what it comes to is seen when the shapes of all inputs are known.
+        self._sizes: list[int | str] | None = None
+        if tensor.HasField("shape"):
+            self._sizes = [d.dim_param or d.dim_value for d in tensor.shape.dim]
 
     @property
     def shape(self) -> Dims:
-        return Dims(size if isinstance(size, int) else -1 for size in self._sizes)
+        return Dims(size if isinstance(size, int) else -1 for size in self._sizes or ())
 
 
 class ILayer:
@@ -159,7 +165,8 @@ class OnnxParser:
     def _import(self, node: Any, functions: dict[str, Any]) -> bool:
         attributes = {one.name: one for one in node.attribute}
         layers = self._network._layers
-        if "plugin_namespace" in attributes:
+        function_first = VERSION_NUMBERS < (10, 7) and node.op_type in functions
+        if "plugin_namespace" in attributes and not function_first:
             if "" in node.input:
                 return self._refuse(f"In node {node.name}: a plugin's input is empty")
             version = attributes["plugin_version"].s.decode() if "plugin_version" in attributes else "1"
