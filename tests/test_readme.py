@@ -43,7 +43,9 @@ QUICK = {  # what benchmarks are given besides, to be done in a second or two
     "check half.bundle": ["--level", "files"],
     "check tiny.bundle": ["--level", "files", "--task", "class_to_image", "--steps", "2"],
     "bench tiny.bundle": ["--steps", "2", "--no-compile", "--seconds", "0.001"],
+    "bench soak": ["--task", "class_to_image", "--runs", "3", "--changes", "3"],
 }
+ON_TENSORRT = ("mdm build", "mdm bench soak")  # and all that say so
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
 
 
@@ -62,7 +64,7 @@ def test_every_command_is_known() -> None:
     known = (
         "tools/demo", "tools/test", "mdm evaluate", "mdm train", "mdm doctor", "mdm bench", "mdm export", "mdm inspect",
         "mdm generate", "mdm caption", "mdm ask", "mdm complete", "mdm joint", "mdm turn", "mdm check", "mdm plugin",
-        "pip install", "python tools/gpu_check",
+        "mdm plan", "mdm build", "pip install", "python tools/gpu_check",
     )  # fmt: skip
     assert [command for command in COMMANDS if not command.startswith(known)] == []
 
@@ -95,7 +97,11 @@ def test_scripts_in_python_run() -> None:
             assert run.returncode == 0, run.stderr
 
 
-def test_mdm_commands_run(folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mdm_commands_run(
+    folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    """Those that want TensorRT and a GPU run with the stand-in for both."""
+    monkeypatch.setitem(stand_in, "XDG_CACHE_HOME", str(tmp_path / "caches"))
     quick = Recipe(phases=(Phase(2),), batch=4, vae_steps=2)
     monkeypatch.setitem(RECIPES, "mdm-tiny", quick)
     monkeypatch.setitem(RECIPES, "small.json", quick)
@@ -109,7 +115,11 @@ def test_mdm_commands_run(folder_of_pictures: Path, monkeypatch: pytest.MonkeyPa
             if words[0] == "evaluate":
                 words[words.index("--count") + 1] = "2"
             words += QUICK.get(" ".join(words[:2]), [])
-            assert main(words) == 0, command
+            if command.startswith(ON_TENSORRT) or "--backend tensorrt" in command:
+                run = subprocess.run([sys.executable, "-m", "mdm.tools.main", *words], env=stand_in, check=False)
+                assert run.returncode == 0, command
+            else:
+                assert main(words) == 0, command
 
 
 def write_stand_ins(folder: Path) -> None:

@@ -68,9 +68,10 @@ def test_a_job_alone_is_the_solvers_table(graph: str, options: dict[str, Any]) -
 
 
 @each_kind
-@each_engine
+@pytest.mark.parametrize("options", [*ENGINES, *({"chain": 5, "apart": apart} for apart in (False, True))], ids=str)
 def test_company_changes_nothing(graph: str, options: dict[str, Any]) -> None:
-    """Jobs with every solver come, go, are taken out and come back."""
+    """Jobs with every solver come, go, are taken out and come back. Where the engine takes many steps in one go, there
+    are as many as it, the caller and the shortest job allow."""
     rng = random.Random(graph)
     solvers = [*SOLVERS, *STOCHASTIC * 3]
     jobs = [
@@ -79,13 +80,18 @@ def test_company_changes_nothing(graph: str, options: dict[str, Any]) -> None:
     ]
     expected = {job: alone(job)[0] for job in jobs}
     engine = FakeEngine(**options)
-    lane, outside = lane_for(engine, jobs[0]), list(jobs)
+    lane, outside, lengths = lane_for(engine, jobs[0]), list(jobs), set()
     while outside or lane.jobs:
         while outside and len(lane.jobs) < lane.slots and rng.random() < 0.6:
             lane.join(outside.pop(rng.randrange(len(outside))))
         if not lane.jobs:
             continue
-        lane.step(rng.sample(lane.jobs, rng.randint(0, len(lane.jobs))))
+        first, most = lane.jobs[0], rng.randint(1, 9)
+        allowed = min([engine.chain, most, *(len(job.rows) - job.done for job in lane.jobs)])
+        lengths.add(allowed)
+        done = first.done
+        lane.step(rng.sample(lane.jobs, rng.randint(0, len(lane.jobs))), most)
+        assert first.done - done == allowed
         for job in list(lane.jobs):
             if job.finished or rng.random() < 0.1:
                 lane.leave(job)
@@ -95,6 +101,7 @@ def test_company_changes_nothing(graph: str, options: dict[str, Any]) -> None:
         np.testing.assert_array_equal(job.state["base"], expected[job])
     run = sorted(owner for _, owners in engine.log for owner in owners)
     assert run == [(number, row) for number, job in enumerate(jobs, 1) for row in range(len(job.rows))]
+    assert {1, engine.chain} <= lengths
 
 
 @each_engine
@@ -404,39 +411,6 @@ def test_a_lanes_bindings_go_with_it() -> None:
 
 
 # ------------------------------------------------------------------------------------------- many steps in one run
-
-
-@each_kind
-@pytest.mark.parametrize("apart", [False, True])
-def test_many_steps_in_one_go_are_the_same_steps(graph: str, apart: bool) -> None:
-    """Jobs with every solver come and go; runs are as long as the engine, the caller and the shortest job allow."""
-    rng = random.Random(graph)
-    solvers = [*SOLVERS, *STOCHASTIC * 3]
-    jobs = [
-        make_job(graph, number, solver=solvers[number % len(solvers)], steps=rng.randint(1, 8), seed=number, y=number)
-        for number in range(1, 40)
-    ]
-    expected = {job: alone(job)[0] for job in jobs}
-    engine = FakeEngine(chain=5, apart=apart, batches=(1, 2, 4, 8))
-    lane, outside, lengths = lane_for(engine, jobs[0]), list(jobs), set()
-    while outside or lane.jobs:
-        while outside and len(lane.jobs) < lane.slots and rng.random() < 0.6:
-            lane.join(outside.pop(rng.randrange(len(outside))))
-        if not lane.jobs:
-            continue
-        done, most = lane.jobs[0].done, rng.randint(1, 9)
-        allowed = min([5, most, *(len(job.rows) - job.done for job in lane.jobs)])
-        lane.step(rng.sample(lane.jobs, rng.randint(0, len(lane.jobs))), most)
-        assert lane.jobs[0].done - done == allowed
-        lengths.add(allowed)
-        for job in list(lane.jobs):
-            if job.finished or rng.random() < 0.1:
-                lane.leave(job)
-                if not job.finished:
-                    outside.append(job)
-    for job in jobs:
-        np.testing.assert_array_equal(job.state["base"], expected[job])
-    assert {1, 5} < lengths <= {1, 2, 3, 4, 5}
 
 
 def test_a_run_ends_where_a_job_changes_lanes() -> None:

@@ -1,8 +1,8 @@
 """`mdm bench soak BUNDLE`: what can only be shown where TensorRT's engines run.
 
-1. Each task by its captured loop and without captures, step by step and in one go: the latents are equal to the bit.
+1. Each task by its captured loop and without captures, in one go and step by step: the latents are equal to the bit.
 2. The GPU's memory and this process's over many runs of one request, and over many changes of task and batch, after a
-   first round of each: neither grows.
+   first round of each: neither grows. The GPU's is that of all processes, so nothing else should use it meanwhile.
 
 Exit code 1 if one of them does not hold.
 """
@@ -10,11 +10,11 @@ Exit code 1 if one of them does not hold.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -28,32 +28,36 @@ from mdm.runtime.model import Model
 from mdm.runtime.request import Request
 from mdm.runtime.scheduler import Scheduler
 from mdm.runtime.tensorrt.backend import TensorRtBackend
+from mdm.runtime.tensorrt.engine import Run
 from mdm.tools.bench.bundle import requests_for
-from mdm.tools.options import FILE
+from mdm.tools.bench.compare import teller
+from mdm.tools.options import FILE, json_option, print_json
 
 STEPS = 5  # of a run, an odd number: the next one starts from the other buffers
+# From either of them a loop is run call by call, captured, and replayed; a single step is so within one run.
+WAYS = {"in one go": (sys.maxsize, 6), "step by step": (1, 2)}  # steps in one go, and how often
+ROUND = 3  # runs of a shape before it changes: the same three
 SLACK = {"gpu": 0, "host": 16 * 2**20}  # bytes: Python's own allocations come and go
-BATCHES = (1, 2, 3, 4)
+MOST_BATCHES = 4
+COUNT = click.IntRange(1)
 
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes in use."""
-
-    gpu: int
-    host: int
+Memory = dict[str, int]  # bytes in use: "gpu"; "host" where the system says it
+Report = dict[str, Any]
 
 
 class Runs:
-    """Requests of a bundle on its engines."""
+    """Requests of a bundle on its engines, in lanes that stay for the next ones, as a pipeline has them."""
 
     def __init__(self, bundle: Path, profile: str | None, captures: bool) -> None:
         self.backend = TensorRtBackend(open_bundle(bundle), profile=profile, captures=captures)
         self.model = Model(self.backend.bundle, self.backend)
+        self.lanes: dict[int, Lanes] = {}  # by batch
 
     def latents(self, requests: Sequence[Request], burst: int = sys.maxsize) -> Array:
         prepared = [self.model.prepare(request) for request in requests]
-        scheduler = Scheduler(Lanes(self.backend, len(prepared)), queue=len(prepared), burst=burst)
+        if len(prepared) not in self.lanes:
+            self.lanes = {len(prepared): Lanes(self.backend, len(prepared))}
+        scheduler = Scheduler(self.lanes[len(prepared)], queue=len(prepared), burst=burst)
         for one in prepared:
             scheduler.submit(one.job)
         while scheduler.busy:
@@ -62,42 +66,50 @@ class Runs:
                     raise ticket.error
         return np.stack([one.job.state["base"] for one in prepared])
 
-    def requests(self, task: str, batch: int = 1) -> list[Request]:
+    def batches(self, task: str) -> Sequence[int]:
+        """The least that its engine was built for."""
+        (request,) = requests_for(self.model, task, STEPS, 1)
+        return self.backend.graph(self.model.prepare(request).job.graphs[0]).batches[:MOST_BATCHES]
+
+    def requests(self, task: str, batch: int) -> list[Request]:
         return requests_for(self.model, task, STEPS, batch)
+
+    def uncaptured(self) -> Iterator[str]:
+        """Why a run of the lanes was called again and again."""
+        for lane in (lane for lanes in self.lanes.values() for lane in lanes.made.values()):
+            for run in self.backend.graph(lane.name).bound[lane].values():
+                assert isinstance(run, Run)
+                if run not in run.engine.fit(run.shapes).captures:
+                    yield run.engine.why_not or f"graph '{lane.name}' ran {run.times} times without"
 
     def memory(self) -> Memory:
         gc.collect()
         self.backend.gpu.sweep()
-        resident = int(read("proc/self/statm").split()[1]) * 4096
-        return Memory(self.backend.gpu.memory_in_use(), resident)
+        pages = read("proc/self/statm").split()[1:2]
+        host = {"host": int(pages[0]) * os.sysconf("SC_PAGE_SIZE")} if pages else {}
+        return {"gpu": self.backend.gpu.memory_in_use(), **host}
 
 
-def differences(bundle: Path, profile: str | None, tasks: Sequence[str]) -> Iterator[str]:
+def differences(plain: Runs, captured: Runs, task: str) -> Iterator[str]:
     """Where a captured loop is not what the same calls are one by one."""
-    captured, plain = Runs(bundle, profile, True), Runs(bundle, profile, False)
-    for task in tasks:
-        requests = captured.requests(task, BATCHES[1] if BATCHES[1] in sizes_of(captured, task) else 1)
-        truth = plain.latents(requests, burst=1)
-        ways = {
-            "in one go, not captured": partial(plain.latents, requests),
-            "in one go, for the first time": partial(captured.latents, requests),
-            "captured": partial(captured.latents, requests),
-            "replayed": partial(captured.latents, requests),
-            "step by step, captured from the second on": partial(captured.latents, requests, burst=1),
-        }
-        for name, run in ways.items():
-            off = int((run() != truth).sum())
-            if off:
-                yield f"{task}, {name}: {off} of {truth.size} latents differ"
-        if why := captured.backend.shelf(graph_of(captured, task)).engine.why_not:
-            yield f"{task}: not captured at all: {why}"
+    requests = captured.requests(task, captured.batches(task)[:2][-1])
+    truth = plain.latents(requests, burst=1)
+    for name, (burst, times) in WAYS.items():
+        for number in range(times):
+            for runs, how in ((plain, "not captured"), (captured, "captured")):
+                off = differing(runs.latents(requests, burst), truth)
+                if off:
+                    yield f"{task}, {how}, {name}, time {number + 1}: {off} of {truth.size} latents differ"
+    if why := next(captured.uncaptured(), ""):
+        yield f"{task} is not captured: {why}"
 
 
-def graph_of(runs: Runs, task: str) -> str:
-    return runs.model.prepare(runs.requests(task)[0]).job.graphs[0]
+def differing(found: Array, truth: Array) -> int:
+    """How many numbers are not the same bits."""
+    return int((found.view(np.uint8) != truth.view(np.uint8)).reshape(truth.size, -1).any(1).sum())
 
 
-def growth(runs: Runs, turn: Callable[[int], object], first: int, times: int) -> tuple[Memory, list[str]]:
+def growth(runs: Runs, turn: Callable[[int], object], first: int, times: int) -> Report:
     """Memory after `first` turns, and what `times` more have added to it."""
     for number in range(first):
         turn(number)
@@ -105,39 +117,70 @@ def growth(runs: Runs, turn: Callable[[int], object], first: int, times: int) ->
     for number in range(times):
         turn(number)
     after = runs.memory()
-    added = {"gpu": after.gpu - before.gpu, "host": after.host - before.host}
-    return after, [f"{name} memory grew by {size / 1e6:.1f} MB" for name, size in added.items() if size > SLACK[name]]
+    return {"memory": after, "added": {name: size - before[name] for name, size in after.items()}}
+
+
+def grown(report: Report) -> list[str]:
+    added = report["added"].items()
+    return [f"{name} memory grew by {size / 1e6:.1f} MB" for name, size in added if size > SLACK[name]]
 
 
 @click.command("soak")
 @click.argument("bundle", type=FILE)
-@click.option("--runs", "many", type=int, default=1000, show_default=True)
-@click.option("--changes", type=int, default=100, show_default=True, help="Of task and batch.")
+@click.option("--runs", "many", type=COUNT, default=1000, show_default=True)
+@click.option("--changes", type=COUNT, default=100, show_default=True, help="Of task and batch, at least so many.")
 @click.option("--task", "tasks", multiple=True, help="Only this one; may be repeated. Default: all.")
 @click.option("--profile", help="Of the engines. Default: the newest.")
-def command(bundle: Path, many: int, changes: int, tasks: tuple[str, ...], profile: str | None) -> None:
+@json_option
+@click.pass_context
+def command(
+    context: click.Context, /, bundle: Path, many: int, changes: int, tasks: tuple[str, ...], profile: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Hold BUNDLE's engines to themselves: captured loops equal to the bit, and memory that does not grow."""
+    say = teller(as_json)
     runs = Runs(bundle, profile, True)
-    chosen = list(tasks) or list(runs.model.manifest["tasks"])
-    wrong = list(differences(bundle, profile, chosen))
-    click.echo(
-        f"captured against uncaptured, {len(chosen)} tasks, {STEPS} steps: {'differs' if wrong else 'equal to the bit'}"
-    )
-    requests = runs.requests(chosen[0])
-    after, grown = growth(runs, lambda number: runs.latents(requests), max(3, many // 20), many)
-    click.echo(f"{many} runs of {chosen[0]}: {told(after, grown)}")
-    wrong += [f"{many} runs: {what}" for what in grown]
-    shapes = [runs.requests(task, batch) for task in chosen for batch in BATCHES if batch in sizes_of(runs, task)]
-    after, grown = growth(runs, lambda number: runs.latents(shapes[number % len(shapes)]), 3 * len(shapes), changes)
-    click.echo(f"{changes} changes among {len(shapes)} shapes: {told(after, grown)}")
-    wrong += [f"{changes} changes of shape: {what}" for what in grown]
-    if wrong:
-        raise ParityError("\n".join(wrong[:3]))
+    chosen = list(dict.fromkeys(tasks)) or list(runs.model.manifest["tasks"])
+    report = {"bundle": str(bundle), "tasks": chosen, "steps": STEPS} | soak(runs, chosen, many, changes, say)
+    if as_json:
+        print_json(report)
+    else:
+        for line in lines_of(report):
+            click.echo(line)
+    if report["wrong"]:
+        context.exit(ParityError.exit_code)
 
 
-def sizes_of(runs: Runs, task: str) -> Sequence[int]:
-    return runs.backend.graph(graph_of(runs, task)).batches
+def soak(runs: Runs, tasks: Sequence[str], many: int, changes: int, say: Callable[[str], None]) -> Report:
+    say("captured against not captured")
+    plain = Runs(runs.model.bundle.path, runs.backend.profile, False)
+    wrong = [said for task in tasks for said in differences(plain, runs, task)]
+    report: Report = {"equal": not wrong}
+    del plain  # its engines' memory
+    say(f"{many} runs of {tasks[0]}")
+    requests = runs.requests(tasks[0], 1)
+    report["runs"] = {"count": many} | growth(runs, lambda _: runs.latents(requests), max(2 * ROUND, many // 20), many)
+    shapes = [runs.requests(task, batch) for task in tasks for batch in runs.batches(task)]
+    rounds = -(-changes // len(shapes))  # whole ones, so that what is in use at their ends is the same
+    say(f"{rounds * len(shapes)} changes among {len(shapes)} shapes")
+
+    def change(number: int) -> None:
+        for _ in range(ROUND):
+            runs.latents(shapes[number % len(shapes)])
+
+    counts = {"count": rounds * len(shapes), "shapes": len(shapes)}
+    report["changes"] = counts | growth(runs, change, 3 * len(shapes), rounds * len(shapes))
+    for name in ("runs", "changes"):
+        wrong += [f"{report[name]['count']} {name}: {what}" for what in grown(report[name])]
+    return report | {"wrong": wrong}
 
 
-def told(after: Memory, grown: Sequence[str]) -> str:
-    return f"{after.gpu / 1e6:.0f} MB of the GPU, {after.host / 1e6:.0f} MB here; {'; '.join(grown) or 'no growth'}"
+def lines_of(report: Report) -> Iterator[str]:
+    same = "equal to the bit" if report["equal"] else "differs"
+    yield f"captured against not captured, {len(report['tasks'])} tasks, {report['steps']} steps: {same}"
+    for name, what in (("runs", f"runs of {report['tasks'][0]}"), ("changes", "changes of task and batch")):
+        of, kinds = report[name], {"gpu": "of the GPU", "host": "here"}
+        used = ", ".join(f"{size / 1e6:.0f} MB {kinds[kind]}" for kind, size in of["memory"].items())
+        yield f"{of['count']} {what}: {used}; {'; '.join(grown(of)) or 'no growth'}"
+    yield from report["wrong"]
+    yield "FAIL" if report["wrong"] else "PASS"

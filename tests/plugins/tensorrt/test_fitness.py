@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from mdm.export import export_bundle
 from mdm.plugins.contract import DOMAIN
+from mdm.plugins.functions import attributes_of, operator_nodes
 from mdm.reference import SHIPPED_TOKENIZER, load_config
 from mdm.reference.checkpoint import build_model
 from mdm.reference.config import PRESETS
@@ -61,6 +62,9 @@ def hold(asked: list[dict[str, Any]], told: list[dict[str, Any]], plugins: bool)
         assert [text for text in said["said"] if not any(known in text for known in HARMLESS)] == [], name
         if job["profiles"]:
             assert said["bytes"] > 0, name
+            # The plan holds what each plugin is made from, for each profile.
+            has = [attributes_of(node)["has"] for node in operator_nodes(model)] * len(job["profiles"])
+            assert said["has"] == (sorted(has) if plugins else []), name
 
 
 def write_model(folder: Path, fields: Mapping[str, Any]) -> Path:
