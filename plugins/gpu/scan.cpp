@@ -18,6 +18,11 @@ constexpr int kMostMultiprocessors = 192;
 
 std::int64_t quotient(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+// Bytes of a float32 buffer, so that the next one is aligned too.
+std::size_t room(std::int64_t elements) {
+  return (static_cast<std::size_t>(elements) * sizeof(float) + kAlign - 1) / kAlign * kAlign;
+}
+
 const char* name_of(const Problem& problem) {
   constexpr const char* names[] = {"MambaSelectiveScan", "MambaSsdScan", "MambaShortConv"};
   return names[static_cast<int>(problem.scan)];
@@ -115,8 +120,7 @@ void cut(const Pack& pack, const Problem& in, Plan& plan, const Entry& states, c
   plan.launches.push_back(launch_of(scan, numbers));
   for (const auto& [name, elements] : {std::pair{"states", size}, std::pair{"step_sums", size / per_step}}) {
     plan.scratch[name] = plan.workspace;
-    const std::size_t bytes = static_cast<std::size_t>(in.B * segments * elements) * sizeof(float);
-    plan.workspace += (bytes + kAlign - 1) / kAlign * kAlign;
+    plan.workspace += room(in.B * segments * elements);
   }
 }
 
@@ -220,6 +224,23 @@ Plan choose(const Pack& pack, const Problem& problem, Gpu gpu) {
   }
   plan.pointers.push_back("y");
   return plan;
+}
+
+std::size_t workspace_limit(const Problem& most) {
+  const std::int64_t segments = most.L / kShortest;
+  if (most.scan == Operator::kShortConv || segments < 2) return 0;
+  const bool is_ssd = most.scan == Operator::kSsdScan;
+  constexpr std::int64_t kWidest = 32, kBusy = kMostMultiprocessors / 2;
+  std::int64_t channels = 1;
+  for (const std::int64_t size : {most.B, is_ssd ? most.H : most.D, is_ssd ? most.P : 1}) {
+    channels = std::min(channels * size, kBusy * kWidest);  // more make no difference
+  }
+  const auto in_segments = [&](std::int64_t W) {
+    return std::min(2 * kMostMultiprocessors * W, std::min(kBusy * W, channels) * segments);
+  };
+  if (!is_ssd) return room(in_segments(kWidest) * most.N) + room(in_segments(kWidest));
+  const std::int64_t W = most.dtype == "float32" && most.N == 128 ? 16 : kWidest;
+  return room(in_segments(W) * most.N) + room(in_segments(kWidest) / 32);
 }
 
 Plan Scans::plan(const Problem& problem) {

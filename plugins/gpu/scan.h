@@ -46,6 +46,9 @@ using Pointers = std::vector<std::pair<const char*, const void*>>;
 // `pack` must outlive the plan.
 Plan choose(const Pack& pack, const Problem& problem, Gpu gpu);
 
+// Bytes that no plan for sizes up to these exceeds, on any GPU.
+std::size_t workspace_limit(const Problem& most);
+
 class Scans {
  public:
   explicit Scans(Pack pack, const std::string& driver = "libcuda.so.1") : kernels_(std::move(pack), driver) {}

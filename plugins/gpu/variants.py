@@ -228,35 +228,49 @@ def choose(
 
 def check_model(config: Mapping[str, Any]) -> None:
     """An error where a model, by its config, has an operator that no kernel serves: types are all alike in this."""
+    for operator, sizes in operators_of(config):
+        choose(operator, "float32", {"B": 1, "L": 1, **sizes}, 0, 1, (9, 0))
 
-    def size(name: str) -> int:
-        value = config.get(name)
-        if type(value) is not int or value < 1:
-            raise InputError(f"the model's config says {name} = {value!r:.40}, expected a whole number above 0")
-        return value
 
-    inner, N, G = size("expand") * size("width"), size("state"), size("groups")
-    tokens = {"B": 1, "L": 1, "G": G, "N": N, "K": size("conv")}
+def operators_of(config: Mapping[str, Any]) -> Iterator[tuple[Operator, dict[str, int]]]:
+    """A model's operators, and their sizes besides B and L."""
+    inner = whole_number(config, "expand") * whole_number(config, "width")
+    N, G = whole_number(config, "state"), whole_number(config, "groups")
     if config.get("mixer") == "mamba1":
-        scan, sizes, mixed = SELECTIVE_SCAN, {"D": inner}, inner
+        mixed = inner
+        yield SELECTIVE_SCAN, {"D": inner, "G": G, "N": N}
     else:
-        P = size("head")
-        scan, sizes, mixed = SSD_SCAN, {"H": inner // P, "P": P}, inner + 2 * G * N
-    for operator, found in ((scan, tokens | sizes), (SHORT_CONV, tokens | {"D": mixed})):
-        choose(operator, "float32", found, 0, 1, (9, 0))
+        mixed, P = inner + 2 * G * N, whole_number(config, "head")
+        yield SSD_SCAN, {"H": inner // P, "P": P, "G": G, "N": N}
+    yield SHORT_CONV, {"D": mixed, "K": whole_number(config, "conv")}
 
 
-def workspace_limit(operator: Operator, dtype: str, N: int) -> int:
-    """Bytes that no plan's workspace exceeds, whatever the other sizes and the GPU: a sequence is cut into no more
-    programs than two for each multiprocessor, and each has the states and steps of one narrow block."""
-    if operator is SHORT_CONV:
+def whole_number(config: Mapping[str, Any], name: str, least: int = 1) -> int:
+    value = config.get(name)
+    if type(value) is not int or value < least:
+        raise InputError(f"the model's config says {name} = {value!r:.40}, expected a whole number of {least} or more")
+    return value
+
+
+def workspace_limit(operator: Operator, dtype: str, most: Mapping[str, int]) -> int:
+    """Bytes that no plan for sizes up to these exceeds, on any GPU: 0 where none of them is cut.
+
+    What is cut fills half of the multiprocessors or fewer, and then becomes two programs for each of them or fewer. The
+    rest is by channels, since other blocks and heads may share them out otherwise."""
+    segments = most["L"] // SHORTEST
+    if operator is SHORT_CONV or segments < 2:
         return 0
-    programs = 2 * MOST_MULTIPROCESSORS
+    channels = prod(most[letter] for letter in ("BHP" if operator is SSD_SCAN else "BD"))
+
+    def in_segments(W: int) -> int:
+        """Channels of all samples and segments, in programs for W."""
+        return min(2 * MOST_MULTIPROCESSORS * W, min(MOST_MULTIPROCESSORS // 2 * W, channels) * segments)
+
     if operator is SSD_SCAN:
-        width = ssd_widths(dtype, N)[0]
-        return _room((programs, width, N)) + _room((programs,))
-    width = selective_variant("selective_scan", dtype, N).constants["W"]
-    return _room((programs, width, N)) + _room((programs, width))
+        heads = in_segments(32) // 32  # the narrowest there are
+        return _room((in_segments(ssd_widths(dtype, most["N"])[0]), most["N"])) + _room((heads,))
+    wide = in_segments(selective_variant("selective_scan", dtype, most["N"]).constants["W"])
+    return _room((wide, most["N"])) + _room((wide,))
 
 
 def _choose_ssd(

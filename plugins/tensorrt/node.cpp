@@ -121,8 +121,7 @@ void Node::check(const std::vector<Described>& inputs) const {
 }
 
 std::size_t Node::workspace(const std::vector<Described>& inputs) const {
-  std::map<char, std::int64_t> found = sizes(inputs);
-  return of_.workspace(inputs[0].dtype, found['N']);
+  return gpu::workspace_limit(problem(inputs));
 }
 
 std::shared_ptr<const gpu::Plan> Node::prepare(const std::vector<Described>& inputs) {

@@ -16,7 +16,6 @@
 
 #include "contract.h"
 #include "scan.h"
-#include "workspace.h"
 
 namespace mdm::tensorrt {
 
@@ -25,19 +24,17 @@ struct Operator {
   const InputSpec *first, *last;  // its inputs, first to past the last
   char grouped;  // the letter whose size G divides, or 0
   gpu::Operator scan;
-  std::size_t (*workspace)(const std::string& dtype, std::int64_t N);
 };
 
 template <typename Contract>
-constexpr Operator row(gpu::Operator scan, std::size_t (*workspace)(const std::string&, std::int64_t)) {
-  return {Contract::kName, std::begin(Contract::kInputs), std::end(Contract::kInputs), Contract::kGrouped, scan,
-          workspace};
+constexpr Operator row(gpu::Operator scan) {
+  return {Contract::kName, std::begin(Contract::kInputs), std::end(Contract::kInputs), Contract::kGrouped, scan};
 }
 
 inline constexpr Operator kOperators[] = {
-    row<MambaSelectiveScan>(gpu::Operator::kSelectiveScan, selective_workspace),
-    row<MambaSsdScan>(gpu::Operator::kSsdScan, ssd_workspace),
-    row<MambaShortConv>(gpu::Operator::kShortConv, no_workspace),
+    row<MambaSelectiveScan>(gpu::Operator::kSelectiveScan),
+    row<MambaSsdScan>(gpu::Operator::kSsdScan),
+    row<MambaShortConv>(gpu::Operator::kShortConv),
 };
 
 // What TensorRT says of an input or output.

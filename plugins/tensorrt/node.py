@@ -99,7 +99,7 @@ class Node:
 
     def workspace(self, inputs: Sequence[Described]) -> int:
         """Bytes for any shape up to these, on any GPU: an engine's workspace is fixed before either is known."""
-        return workspace_limit(self.operator, inputs[0].dtype, self.sizes(inputs).get("N", 0))
+        return workspace_limit(self.operator, inputs[0].dtype, self.sizes(inputs))
 
     def prepare(self, inputs: Sequence[Described]) -> Plan:
         """The plan for these shapes, its kernels loaded: what is not to happen while a stream is captured."""

@@ -5,6 +5,8 @@
 // TensorRT knows no exceptions: what goes wrong is told to its logger, and a status that is not 0 is returned.
 #include <NvInferRuntime.h>
 
+#include <dlfcn.h>
+
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -209,6 +211,30 @@ class Creator final : public IPluginCreatorV3One {
   const PluginFieldCollection fields_{1, &field_};
 };
 
+// The version of the TensorRT that has this code of its own, as a number; 0 where there is none. One that Python loaded
+// hides its names from the process, and a plan may bring an older runtime beside it: so the caller is asked first.
+std::int32_t version_of(const void* code) noexcept {
+  Dl_info file{};
+  void* library = dladdr(code, &file) ? dlopen(file.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+  void* symbol = library ? dlsym(library, "getInferLibVersion") : nullptr;
+  if (!symbol) symbol = dlsym(RTLD_DEFAULT, "getInferLibVersion");
+  const std::int32_t found = symbol ? reinterpret_cast<decltype(&getInferLibVersion)>(symbol)() : 0;
+  if (library) dlclose(library);
+  return found;
+}
+
+// Whether TensorRT's classes are those of our headers. TensorRT-RTX counts from 1, and its number does not say.
+bool is_ours(std::int32_t version) noexcept {
+  const std::int32_t major = version / 10000, minor = version / 100 % 100;
+  if (major < 10 || major == NV_TENSORRT_MAJOR) return true;
+  // Not to TensorRT's logger: of another version it is a class of other functions.
+  std::fprintf(stderr,
+               "the mdm plugins are built for TensorRT %d, and another loads them: they are not used\n"
+               "found %d.%d, expected %d\nbuild them with its headers: mdm plugin build --tensorrt DIR\n",
+               NV_TENSORRT_MAJOR, major, minor, NV_TENSORRT_MAJOR);
+  return false;
+}
+
 }  // namespace
 
 }  // namespace mdm::tensorrt
@@ -222,7 +248,9 @@ MDM_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& c
     for (const mdm::tensorrt::Operator& of : mdm::tensorrt::kOperators) made->push_back(new mdm::tensorrt::Creator(of));
     return made;
   }();
-  count = static_cast<std::int32_t>(creators.size());
+  const void* caller = __builtin_extract_return_addr(__builtin_return_address(0));
+  const bool serves = mdm::tensorrt::is_ours(mdm::tensorrt::version_of(caller));
+  count = serves ? static_cast<std::int32_t>(creators.size()) : 0;
   return creators.data();
 }
 

@@ -108,7 +108,7 @@ class TensorRtBackend:
             said = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
             raise EngineError(f"the bundle's weights do not go into it: {said or log.take()}")
         if not refitter.refit_cuda_engine_async(self.gpu.stream):
-            raise EngineError(f"the bundle's weights do not go into it: {log.take()}")
+            raise self.library.failed("the bundle's weights do not go into it")
         self.gpu.wait()
 
 

@@ -95,7 +95,10 @@ class Engine:
         fitted.place()
         capture = fitted.captures.get(run)
         if capture is None and run.times and self.captures:
-            capture = fitted.capture(run)
+            try:
+                capture = fitted.capture(run)
+            except EngineError as error:  # TensorRT or a plugin does what cannot be captured
+                self.captures, self.why_not = False, str(error)
         if capture is not None:
             self.gpu.driver.replay(capture.handle, self.gpu.stream)
         else:
@@ -107,41 +110,37 @@ class Engine:
             if len(self._fitted) == MOST_FITTED:
                 self.gpu.wait()
                 self._fitted.popitem(last=False)
-            self._fitted[shapes] = Fitted(self, shapes)
+            self._fitted[shapes] = Fitted(self.library, self.made, self.profile_for(shapes), shapes)
         self._fitted.move_to_end(shapes)
         return self._fitted[shapes]
 
-    def failed(self, what: str) -> EngineError:
-        said = self.library.log.take()
-        return EngineError(f"{what}{': ' if said else ''}{said}")
-
 
 class Fitted:
-    """An execution context for one set of shapes: what was captured holds for the context it was captured with."""
+    """An execution context for one set of shapes: what was captured holds for the context it was captured with.
 
-    def __init__(self, engine: Engine, shapes: Shapes) -> None:
-        self.engine, gpu = engine, engine.gpu
-        index = engine.profile_for(shapes)
-        self.context = engine.made.create_execution_context(
-            engine.library.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
+    It does not know its Engine, which is to be gone as soon as nobody has it.
+    """
+
+    def __init__(self, library: Library, made: Any, profile: int, shapes: Shapes) -> None:
+        self.library, self.gpu = library, library.gpu
+        strategy = library.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.context = made.create_execution_context(strategy)
         if self.context is None:
-            raise engine.failed("it makes no execution context")
-        if not self.context.set_optimization_profile_async(index, gpu.stream):
-            raise engine.failed(f"it refuses profile {index}")
+            raise library.failed("it makes no execution context")
+        if not self.context.set_optimization_profile_async(profile, self.gpu.stream):
+            raise library.failed(f"it refuses profile {profile}")
         for name, shape in shapes:
             if not self.context.set_input_shape(name, shape):
-                raise engine.failed(f"it refuses {name} of shape {[*shape]}")
+                raise library.failed(f"it refuses {name} of shape {[*shape]}")
         if missing := self.context.infer_shapes():
-            raise engine.failed(f"it does not know the shape of {', '.join(missing)}")
-        self.size = engine.made.get_device_memory_size_for_profile_v2(index)
+            raise library.failed(f"it does not know the shape of {', '.join(missing)}")
+        self.size = made.get_device_memory_size_for_profile_v2(profile)
         self.scratch = 0, 0  # where, and how much
         self.captures: WeakKeyDictionary[Run, Capture] = WeakKeyDictionary()
 
     def place(self) -> None:
         """Give the context its memory, where that has moved: what was captured then points to what is gone."""
-        gpu = self.engine.gpu
-        scratch = gpu.scratch(self.size), gpu.scratch_size
+        scratch = self.gpu.scratch(self.size), self.gpu.scratch_size
         if scratch != self.scratch:
             self.captures.clear()
             self.context.set_device_memory(*scratch)
@@ -151,21 +150,14 @@ class Fitted:
         for addresses in run.chain:
             for name, address in addresses.items():
                 if not self.context.set_tensor_address(name, address):
-                    raise self.engine.failed(f"it refuses the memory of {name}")
-            if not self.context.execute_async_v3(self.engine.gpu.stream):
-                raise self.engine.failed("it does not run")
+                    raise self.library.failed(f"it refuses the memory of {name}")
+            if not self.context.execute_async_v3(self.gpu.stream):
+                raise self.library.failed("it does not run")
 
-    def capture(self, run: Run) -> Capture | None:
-        """None where TensorRT or a plugin does what cannot be captured; later runs are not tried again."""
-        gpu = self.engine.gpu
+    def capture(self, run: Run) -> Capture:
         while len(self.captures) >= MOST_CAPTURES:
             del self.captures[next(iter(self.captures))]
-        try:
-            handle = gpu.capture(lambda: self.enqueue(run))
-        except EngineError as error:
-            self.engine.captures, self.engine.why_not = False, str(error)
-            return None
-        self.captures[run] = made = Capture(gpu, handle)
+        self.captures[run] = made = Capture(self.gpu, self.gpu.capture(lambda: self.enqueue(run)))
         return made
 
 

@@ -34,8 +34,13 @@ class Library:
             self.runtime.engine_host_code_allowed = carries_code
             made = self.runtime.deserialize_cuda_engine(plan)
         if made is None:
-            raise EngineError(f"TensorRT {self.trt.__version__} does not load the engine: {self.log.take()}")
+            raise self.failed(f"TensorRT {self.trt.__version__} does not load the engine")
         return made
+
+    def failed(self, what: str) -> EngineError:
+        """With TensorRT's last error."""
+        said = self.log.take()
+        return EngineError(f"{what}{': ' if said else ''}{said}")
 
     def require(self, plugins: Sequence[Kind]) -> None:
         """Our plugins, registered; then what an engine was built with has to be among them."""

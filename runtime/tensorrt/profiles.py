@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mdm.plugins.errors import InputError
+from mdm.plugins.gpu.variants import whole_number
 from mdm.runtime.json_schema import parse_json, told
 from mdm.runtime.words import nearest
 
@@ -139,6 +140,20 @@ def _spans(manifest: Mapping[str, Any], graph: str, profile: Profile) -> dict[st
         M = (described["image_size"] // picture["patch"]) ** 2 * described["pictures"] if runs else 0
         spans["tokens"] = Span(M + lengths[0], M + lengths[-1], M + lengths[-1])
     return spans
+
+
+def largest_scan(manifest: Mapping[str, Any], graph: str, profile: Profile) -> tuple[int, int]:
+    """The most sequences that the scans of a step or denoise graph are given at once, and the tokens of one."""
+    described, text = manifest["graphs"][graph], manifest["text"]
+    pad = whole_number(manifest["config"], "pad", least=0)
+    tokens = 2 + pad  # of time, class and the separator before the rest
+    spoken, pictures = "text" in described["modalities"], described["pictures"]
+    if spoken and text is not None:
+        tokens += _texts(graph, text["lengths"], profile)[-1]
+    if pictures:
+        side = described["image_size"] // manifest["picture"]["patch"]
+        tokens += spoken + (pictures * side + pad) * (side + pad)  # a separator, and pads on two sides
+    return profile.batch.most * (2 if described["guided"] else 1), tokens
 
 
 def _texts(graph: str, lengths: list[int], profile: Profile) -> list[int]:

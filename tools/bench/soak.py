@@ -22,7 +22,7 @@ import numpy as np
 from mdm.plugins.errors import ParityError
 from mdm.plugins.machine import read
 from mdm.runtime.backend import Array
-from mdm.runtime.bundle import open_bundle
+from mdm.runtime.bundle import Bundle, open_bundle
 from mdm.runtime.lane import Lanes
 from mdm.runtime.model import Model
 from mdm.runtime.request import Request
@@ -34,9 +34,9 @@ from mdm.tools.bench.compare import teller
 from mdm.tools.options import FILE, json_option, print_json
 
 STEPS = 5  # of a run, an odd number: the next one starts from the other buffers
-# From either of them a loop is run call by call, captured, and replayed; a single step is so within one run.
-WAYS = {"in one go": (sys.maxsize, 6), "step by step": (1, 2)}  # steps in one go, and how often
-ROUND = 3  # runs of a shape before it changes: the same three
+CAPTURED = 3  # runs until one is captured: the first from either buffers, which go call by call, and that
+REPLAYED = 6  # runs until loops from either were captured, and replayed
+WAYS = {"in one go": (sys.maxsize, REPLAYED), "step by step": (1, 2)}  # steps in one go at most, and how many runs
 SLACK = {"gpu": 0, "host": 16 * 2**20}  # bytes: Python's own allocations come and go
 MOST_BATCHES = 4
 COUNT = click.IntRange(1)
@@ -48,16 +48,15 @@ Report = dict[str, Any]
 class Runs:
     """Requests of a bundle on its engines, in lanes that stay for the next ones, as a pipeline has them."""
 
-    def __init__(self, bundle: Path, profile: str | None, captures: bool) -> None:
-        self.backend = TensorRtBackend(open_bundle(bundle), profile=profile, captures=captures)
-        self.model = Model(self.backend.bundle, self.backend)
-        self.lanes: dict[int, Lanes] = {}  # by batch
+    def __init__(self, bundle: Bundle, profile: str | None, captures: bool) -> None:
+        self.backend = TensorRtBackend(bundle, profile=profile, captures=captures)
+        self.model, self.lanes = Model(bundle, self.backend), Lanes(self.backend, 1)
 
     def latents(self, requests: Sequence[Request], burst: int = sys.maxsize) -> Array:
         prepared = [self.model.prepare(request) for request in requests]
-        if len(prepared) not in self.lanes:
-            self.lanes = {len(prepared): Lanes(self.backend, len(prepared))}
-        scheduler = Scheduler(self.lanes[len(prepared)], queue=len(prepared), burst=burst)
+        if self.lanes.slots != len(prepared):
+            self.lanes = Lanes(self.backend, len(prepared))
+        scheduler = Scheduler(self.lanes, queue=len(prepared), burst=burst)
         for one in prepared:
             scheduler.submit(one.job)
         while scheduler.busy:
@@ -75,12 +74,13 @@ class Runs:
         return requests_for(self.model, task, STEPS, batch)
 
     def uncaptured(self) -> Iterator[str]:
-        """Why a run of the lanes was called again and again."""
-        for lane in (lane for lanes in self.lanes.values() for lane in lanes.made.values()):
-            for run in self.backend.graph(lane.name).bound[lane].values():
-                assert isinstance(run, Run)
-                if run not in run.engine.fit(run.shapes).captures:
-                    yield run.engine.why_not or f"graph '{lane.name}' ran {run.times} times without"
+        """Why a loop of the lanes is none that the driver knows."""
+        for lane in self.lanes.made.values():
+            runs = [run for run in self.backend.graph(lane.name).bound[lane].values() if isinstance(run, Run)]
+            whole = max(len(run.chain) for run in runs)
+            for run in runs:
+                if len(run.chain) == whole and run not in run.engine.fit(run.shapes).captures:
+                    yield run.engine.why_not or f"graph '{lane.name}' ran {run.times} times call by call"
 
     def memory(self) -> Memory:
         gc.collect()
@@ -139,7 +139,7 @@ def command(
 ) -> None:  # fmt: skip
     """Hold BUNDLE's engines to themselves: captured loops equal to the bit, and memory that does not grow."""
     say = teller(as_json)
-    runs = Runs(bundle, profile, True)
+    runs = Runs(open_bundle(bundle), profile, True)
     chosen = list(dict.fromkeys(tasks)) or list(runs.model.manifest["tasks"])
     report = {"bundle": str(bundle), "tasks": chosen, "steps": STEPS} | soak(runs, chosen, many, changes, say)
     if as_json:
@@ -153,19 +153,20 @@ def command(
 
 def soak(runs: Runs, tasks: Sequence[str], many: int, changes: int, say: Callable[[str], None]) -> Report:
     say("captured against not captured")
-    plain = Runs(runs.model.bundle.path, runs.backend.profile, False)
+    plain = Runs(runs.model.bundle, runs.backend.profile, False)
     wrong = [said for task in tasks for said in differences(plain, runs, task)]
     report: Report = {"equal": not wrong}
     del plain  # its engines' memory
     say(f"{many} runs of {tasks[0]}")
     requests = runs.requests(tasks[0], 1)
-    report["runs"] = {"count": many} | growth(runs, lambda _: runs.latents(requests), max(2 * ROUND, many // 20), many)
+    first = max(REPLAYED, many // 20)
+    report["runs"] = {"count": many} | growth(runs, lambda _: runs.latents(requests), first, many)
     shapes = [runs.requests(task, batch) for task in tasks for batch in runs.batches(task)]
     rounds = -(-changes // len(shapes))  # whole ones, so that what is in use at their ends is the same
     say(f"{rounds * len(shapes)} changes among {len(shapes)} shapes")
 
     def change(number: int) -> None:
-        for _ in range(ROUND):
+        for _ in range(CAPTURED):
             runs.latents(shapes[number % len(shapes)])
 
     counts = {"count": rounds * len(shapes), "shapes": len(shapes)}

@@ -15,11 +15,11 @@ from typing import Any
 from mdm.plugins.contract import DOMAIN, OPERATORS
 from mdm.plugins.errors import EngineError, EnvironmentLackError, InputError, MdmError
 from mdm.plugins.gpu.driver import Device, Driver
-from mdm.plugins.gpu.variants import check_model
+from mdm.plugins.gpu.variants import check_model, operators_of, workspace_limit
 from mdm.runtime.bundle import Bundle
 from mdm.runtime.tensorrt.engines import AMPERE, capability_of, place_of
 from mdm.runtime.tensorrt.facts import Options, facts_of, settings_of
-from mdm.runtime.tensorrt.profiles import Profile, Span
+from mdm.runtime.tensorrt.profiles import MIB, Profile, Span, largest_scan
 from mdm.runtime.tensorrt.records import (
     Record,
     engine_path,
@@ -82,8 +82,11 @@ def build_engines(
 ) -> Iterable[Engine]:
     """One after another. An engine that is there for just this is not built again, unless `force`."""
     options.check()
+    graphs = [*graphs]
     if not options.bodies:
         check_model(bundle.manifest["config"])
+        for graph in graphs:
+            check_workspace(bundle.manifest, graph, profiles)
     place = place_here(options)
     for graph in graphs:
         facts = facts_of(bundle, graph, profiles, options, place)
@@ -97,6 +100,24 @@ def build_engines(
         record = build_engine(bundle, path, facts, options, last, told)
         save(path, record)
         yield Engine(path, record, new=True)
+
+
+def check_workspace(manifest: Mapping[str, Any], graph: str, profiles: Sequence[Profile]) -> None:
+    """An error where the plugins take more than there is: TensorRT then builds nothing, and does not say why."""
+    if manifest["graphs"][graph]["role"] not in ("step", "denoise"):  # the others have no plugins
+        return
+    dtype = "float32" if manifest["precision"] == "fp32" else "float16"  # bfloat16 takes as much
+    room = max(profile.workspace for profile in profiles)  # of the engine, for each of them
+    for profile in profiles:
+        B, L = largest_scan(manifest, graph, profile)
+        operators = operators_of(manifest["config"])
+        takes = max(workspace_limit(operator, dtype, {"B": B, "L": L, **sizes}) for operator, sizes in operators)
+        if takes > room:
+            raise InputError(
+                f"profile '{profile.name}' gets a workspace of {room} bytes: too little for graph '{graph}'\n"
+                f"expected {takes} or more: its plugins take them for {B} sequences of {L} tokens\n"
+                f'in the profile\'s file write "workspace": {-(-takes // MIB)} (MiB) or more, or build with --bodies'
+            )
 
 
 def place_here(options: Options) -> dict[str, str]:

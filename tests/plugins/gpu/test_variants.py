@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from importlib import import_module
+from random import Random
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from mdm.plugins.gpu.variants import (
     SSD_STATES,
     Plan,
     choose,
+    operators_of,
     serves,
     size_of,
     variants,
@@ -59,7 +61,7 @@ def test_what_is_chosen_is_there() -> None:
                 assert serves(launch.variant, (major, 0))
                 arguments = KERNELS[launch.variant.kernel].arguments
                 assert all(launch.numbers[name] % divisor == 0 for name, type_, divisor in arguments if type_ == "i32")
-            assert plan.places[""] <= workspace_limit(operator, dtype, sizes.get("N", 0))
+            assert plan.places[""] <= workspace_limit(operator, dtype, sizes)
             if operator is SHORT_CONV:
                 assert plan.launches[0].grid[1] * 16 >= L > (plan.launches[0].grid[1] - 1) * 16
                 continue
@@ -102,13 +104,72 @@ def test_launches_of_a_cut_sequence() -> None:
     assert plan.scratch == {"states": (1, 8, 1024, 16), "step_sums": (1, 8, 1024)}
 
 
+def any_sizes(operator: Operator, random: Random, most: dict[str, int] | None = None) -> dict[str, int]:
+    """Such as kernels serve, up to `most`: few and many programs, short and long sequences."""
+
+    def up_to(letter: str, highest: int, step: int = 1) -> int:
+        highest = min(highest, most[letter] if most else highest)
+        return step * max(1, int((highest // step) ** random.random()))  # small ones as often as large ones
+
+    highest = most["N"] if most else 128
+    states = [N for N in SSD_STATES if highest >= N]
+    sizes = {"B": up_to("B", 300), "L": up_to("L", 20000), "K": 4}
+    if operator is SSD_SCAN:
+        return sizes | {"H": up_to("H", 128), "P": up_to("P", 128, 32), "G": 1, "N": random.choice(states)}
+    D = up_to("D", 8192, 16)
+    return sizes | {"D": D, "G": random.choice([G for G in (1, 2, 3, 64) if D % (16 * G) == 0]), "N": 16}
+
+
+@pytest.mark.parametrize("operator", [SSD_SCAN, SELECTIVE_SCAN, SHORT_CONV], ids=lambda operator: operator.torch_name)
+def test_no_plan_exceeds_the_workspace_of_larger_sizes(operator: Operator) -> None:
+    """On any GPU; and where there is none, no sequence is long enough to be cut."""
+    random, cut, free = Random(7), 0, 0
+    for _ in range(400):
+        dtype, most = random.choice(ACTIVATIONS), any_sizes(operator, random)
+        limit = workspace_limit(operator, dtype, most)
+        assert (limit == 0) == (operator is SHORT_CONV or most["L"] < 512)
+        free += limit == 0
+        for _ in range(20):
+            gpu = {"multiprocessors": random.randint(1, 400), "capability": random.choice([(8, 6), (9, 0), (12, 0)])}
+            plan = plan_for(operator, any_sizes(operator, random, most), dtype, has=0, **gpu)
+            assert plan.places[""] <= limit
+            cut += bool(plan.scratch)
+    assert free > 40
+    assert (cut > 200) == (operator is not SHORT_CONV)
+
+
 def test_workspaces_are_bounded_closely() -> None:
-    """On the largest GPU there may be, long sequences of few heads come near the bound."""
-    gpu = {"multiprocessors": 1000}
-    for operator, sizes in ((SSD_SCAN, SSD | {"B": 1, "H": 8, "L": 65536}), (SELECTIVE_SCAN, SELECTIVE | {"L": 65536})):
-        for heads in range(1, 9):
-            plan = plan_for(operator, sizes | {"H": heads, "D": 96 * heads}, **gpu)
-            assert plan.places[""] <= workspace_limit(operator, "bfloat16", sizes["N"]) <= 1.2 * plan.places[""]
+    """On the largest GPU there may be: to the sums of heads that are wider than the narrowest."""
+    for operator, sizes, letter, widths in (
+        (SSD_SCAN, SSD | {"B": 1}, "H", range(1, 49)),
+        (SELECTIVE_SCAN, SELECTIVE | {"B": 1}, "D", range(32, 3073, 32)),
+    ):
+        all_, most = sizes | {letter: widths[-1], "L": 65536}, 0
+        for width in widths:
+            for L in (512, 1024):  # where the plan for the largest sizes takes most
+                largest = sizes | {letter: width, "L": L}
+                taken = plan_for(operator, largest, multiprocessors=1000).places[""]
+                assert taken <= workspace_limit(operator, "bfloat16", largest) <= 1.01 * taken
+            most = max(most, plan_for(operator, all_ | {letter: width}, multiprocessors=1000).places[""])
+        assert most <= workspace_limit(operator, "bfloat16", all_) <= 1.01 * most
+    joint = SSD | {"B": 1, "H": 16, "L": 1064}
+    assert workspace_limit(SSD_SCAN, "bfloat16", joint) == 4 * (16 * 64 * 4 * 128 + 16 * 2 * 4)
+    assert workspace_limit(SSD_SCAN, "bfloat16", joint | {"B": 16}) == 4 * (384 * 32 * 128 + 384)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [(SSD_SCAN, {"H": 64, "P": 64, "G": 2, "N": 128}), (SHORT_CONV, {"D": 4096 + 2 * 2 * 128, "K": 4})]),
+        ({"mixer": "mamba1"}, [(SELECTIVE_SCAN, {"D": 4096, "G": 2, "N": 128}), (SHORT_CONV, {"D": 4096, "K": 4})]),
+    ],
+)
+def test_a_models_operators(changes: dict[str, str], expected: list[tuple[Operator, dict[str, int]]]) -> None:
+    config = {"width": 2048, "expand": 2, "state": 128, "groups": 2, "head": 64, "conv": 4, "mixer": "mamba2"} | changes
+    assert list(operators_of(config)) == expected
+    for wrong in ("2", True, 0, None):
+        with pytest.raises(InputError, match=rf"config says groups = {wrong!r}, expected a whole number of 1 or more"):
+            list(operators_of(config | {"groups": wrong}))
 
 
 @pytest.mark.parametrize("empty", ["B", "L", "H"])

@@ -10,9 +10,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from random import Random
 from tempfile import mkdtemp
 from typing import Any
 from unittest import mock
@@ -27,7 +29,6 @@ from mdm.plugins.gpu.driver import Device, Driver
 from mdm.plugins.gpu.launch import Kernels
 from mdm.plugins.gpu.pack import SHIPPED, Pack
 from mdm.plugins.gpu.scan import Scans
-from mdm.plugins.gpu.variants import workspace_limit
 from mdm.plugins.tensorrt.node import Described, Node
 from mdm.tools.plugin.library import build_library
 
@@ -103,9 +104,15 @@ def plugin_probe() -> Path:
     return compiled("plugin_probe", "-isystem", headers(), "-isystem", SOURCES / "cuda_types")
 
 
-def run(*words: str | Path, given: str = "") -> subprocess.CompletedProcess[str]:
+@cache
+def other_tensorrt(version: int) -> Path:
+    return compiled("other_tensorrt", "-shared", "-fPIC", f"-DVERSION={version}")
+
+
+def run(*words: str | Path, given: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     # Leaks: the driver library is never closed, on purpose.
     environment = os.environ | {"LD_LIBRARY_PATH": str(Path(fake_cuda()).parent), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment |= variables
     return subprocess.run(
         [*map(str, words)], input=given, text=True, capture_output=True, env=environment, check=False
     )  # fmt: skip
@@ -231,17 +238,21 @@ def test_many_shapes(told: Told, ask: Ask) -> None:
 
 
 def test_workspace_limits(ask: Ask) -> None:
-    """Over all types and states, those among them that no kernel serves."""
-    questions, expected = [], []
+    """Over sizes of every kind, those among them that no kernel serves."""
+    random, questions = Random(3), []
     for operator in OPERATORS.values():
         questions.append(f"node {operator.name} 0")
-        expected.append("ok")
-        for dtype in ACTIVATIONS:
-            for N in (1, 3, 16, 32, 48, 64, 127, 128, 129, 256):
-                sizes = {"B": 2, "L": 70, "D": 64, "H": 2, "P": 32, "G": 1, "N": N, "K": 4}
-                questions.append(f"workspace {tensors(operator, sizes, 0, dtype)}")
-                expected.append(str(workspace_limit(operator, dtype, N)))
+        for _ in range(300):
+            sizes = {letter: int(most ** random.random()) for letter, most in (("B", 30), ("L", 20000), ("H", 50))}
+            sizes |= {"P": random.choice([32, 48, 64, 128]), "G": 1, "D": 16 * random.randint(1, 99), "K": 4}
+            sizes["N"] = random.choice([1, 3, 16, 32, 48, 64, 127, 128, 129, 256])
+            questions.append(f"workspace {tensors(operator, sizes, 0, random.choice(ACTIVATIONS))}")
+        huge = dict.fromkeys("BLHPGDNK", 2**31 - 1)
+        questions.append(f"workspace {tensors(operator, huge, 0, 'float32')}")
+    expected = Twin()(questions)
     assert ask(questions) == expected
+    assert len({*expected}) > 80
+    assert expected.count("0") > 300 + 100  # of convolutions, and of short sequences
 
 
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
@@ -335,6 +346,32 @@ def test_creators() -> None:
         f"{next(iter(OPERATORS))}: attribute 'has' is no integer\n"
         "found PluginFieldType 1, expected 5 (INT32) or 10 (INT64)\n"
     )
+
+
+def test_another_tensorrt_gets_no_creators() -> None:
+    """Whoever asks is known by itself, as a TensorRT that Python loaded, or else by what the process shows to all."""
+    major = int(built()[1].partition(".")[0])
+    other = 21 - major  # 10 or 11
+    said = (
+        f"the mdm plugins are built for TensorRT {major}, and another loads them: they are not used\n"
+        f"found {other}.3, expected {major}\n"
+        "build them with its headers: mdm plugin build --tensorrt DIR\n"
+    )
+    ask = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).creators_in(sys.argv[2].encode()))"
+
+    def asked_by(version: int, **variables: str) -> tuple[str, str]:
+        done = run(sys.executable, "-c", ask, other_tensorrt(version), library(), **variables)
+        assert done.returncode == 0
+        return done.stdout, done.stderr
+
+    theirs, ours = other * 10000 + 302, major * 10000 + 1400
+    assert asked_by(theirs) == ("0\n", said)
+    for version in (ours, 10701, 8601):  # TensorRT-RTX's numbers begin at 1; before 10 nobody asks in this way
+        assert asked_by(version) == ("3\n", "")
+    shown = {"LD_PRELOAD": str(other_tensorrt(theirs))}
+    assert asked_by(ours, **shown) == ("3\n", "")
+    done = run(plugin_probe(), "creators", library(), **shown)
+    assert (done.stdout, done.stderr) == ("", said)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,16 @@ def test_graphs_make_room_for_each_other(built: Path) -> None:
     for _ in range(2):
         same(ours.joint(seed=5, steps=4), theirs.joint(seed=5, steps=4))
         assert len(ours.model.backend.shelf.loaded) < 3  # type: ignore[attr-defined]
+    gc.disable()  # an engine that has to go goes at once, not when somebody looks for cycles
+    try:
+        first = weakref.ref(ours.model.backend.graph("step_joint_guided").engine)  # type: ignore[attr-defined]
+        assert first() is not None
+        ours.joint(seed=5, steps=4)
+        for name in ("decode_text", "decode_image", "encode_image", "encode_text"):
+            ours.model.backend.graph(name)
+        assert first() is None
+    finally:
+        gc.enable()
     with pytest.raises(EnvironmentLackError, match=r"graph 'encode_text' takes about .* MB of memory"):
         on_gpu(built, memory=1000).joint(seed=5)
 
