@@ -54,9 +54,11 @@ class Graph(Protocol):
 
     inputs: Mapping[str, Spec]
     outputs: Mapping[str, Spec]
-    batches: Sequence[int]  # the batch sizes it was built for, least first; none where it takes any
     metadata: Mapping[str, str]  # what the exporter wrote into it, as far as it is still there
     bound: WeakKeyDictionary[Any, dict[Any, Callable[[], None]]]  # what users bound; goes when graph or user goes
+
+    def batches(self, tokens: int) -> Sequence[int]:
+        """The batch sizes it was built for, least first, where latents have this length; none where it takes any."""
 
     def bind(self, runs: Sequence[tuple[Tensors, Tensors]], first: int, count: int) -> Callable[[], None]:
         """What runs the graph once for each pair of inputs and outputs, on rows first .. first + count of them."""

@@ -74,9 +74,13 @@ class Bundle:
 
     def verify(self, progress: Callable[[int], object] | None = None) -> None:
         """Hash every file; the first that is not the signed one is an error. `progress` is told bytes as they pass."""
-        for name, signed in self.manifest["files"].items():
-            path = self.file(name)
-            _compare(sha256_of(path, progress), signed["sha256"], path)
+        for name in self.manifest["files"]:
+            self.check(name, progress)
+
+    def check(self, name: str, progress: Callable[[int], object] | None = None) -> None:
+        """Hash a file of the manifest."""
+        path = self.file(name)
+        _compare(sha256_of(path, progress), self.manifest["files"][name]["sha256"], path)
 
     def extra_files(self) -> list[str]:
         """What lies in the folder without being listed, engines aside; links are named, not followed."""

@@ -23,6 +23,7 @@ from mdm.runtime.noise import normal
 from mdm.runtime.solver import ROW, copy_row
 
 MOST_BOUND = 64  # runs that a lane keeps ready
+MOST_NOISE = 64 * 2**20  # bytes of noise that a run may take along
 NOISE = [ROW.index("base_noise"), ROW.index("point_noise")]
 
 
@@ -51,17 +52,16 @@ class Job:
         """Which lane runs its next row: graph and tokens."""
         return self.graphs[self.done], self.tokens
 
-    @property
-    def stays(self) -> int:
-        """How many rows, from the next one on, run in the lane of the next one."""
-        left = self.graphs[self.done :]
+    def stays(self, most: int) -> int:
+        """How many rows, from the next one on and `most` at most, run in the lane of the next one."""
+        left = self.graphs[self.done : self.done + most]
         return next((count for count, graph in enumerate(left) if graph != left[0]), len(left))
 
 
 class Lane:
     def __init__(self, backend: Backend, graph: str, tokens: int, slots: int) -> None:
         loaded = backend.graph(graph)
-        self.backend, self.name, self.tokens, self.sizes = backend, graph, tokens, loaded.batches
+        self.backend, self.name, self.tokens, self.sizes = backend, graph, tokens, loaded.batches(tokens)
         self.slots = min([slots, *self.sizes[-1:]])
         room = self.padded(self.slots)  # idle slots too have their rows
         self.jobs: list[Job] = []  # of slot 0, 1, ..
@@ -132,7 +132,10 @@ class Lane:
     def step(self, watched: Sequence[Job] = (), most: int = 1) -> dict[Job, MdmError]:
         """The next row of every job, or as many as all of them stay for, up to `most` -> the jobs that failed: they
         must leave. The `watched` get the x0 of the last one."""
-        steps = min([most, self.backend.chain, *(job.stays for job in self.jobs)])
+        most = min(most, self.backend.chain)
+        steps = min(job.stays(most) for job in self.jobs)
+        if self.takes_noise(steps):
+            steps = min(steps, max(1, MOST_NOISE // self.noise[0].host.nbytes))
         count = self.padded(len(self.jobs))
         drawn = self.write(steps, count)
         failed: dict[Job, MdmError] = {}
@@ -166,15 +169,14 @@ class Lane:
     def write(self, steps: int, count: int) -> bool:
         """Each slot's rows, and its noise where a row takes any; idle slots copy -> whether any takes noise."""
         ahead = [job.rows[job.done : job.done + steps] for job in self.jobs]  # [S,m,R] each
-        takes = np.array([rows[:, :, NOISE].any((1, 2)) for rows in ahead])  # [n,S]
-        drawn = bool(takes.any())
+        drawn = self.takes_noise(steps)
         for buffers, make, many in ((self.rows, self.more_rows, steps), (self.noise, self.more_noise, steps * drawn)):
             buffers += [make() for _ in range(many - len(buffers))]
         for k in range(steps):
             self.rows[k].host[: len(self.jobs)] = [rows[k] for rows in ahead]
             self.rows[k].host[len(self.jobs) : count] = self.idle
             for slot, job in enumerate(self.jobs):
-                if takes[slot, k]:
+                if ahead[slot][k][:, NOISE].any():
                     self.noise[k].host[slot] = self.noise_of(job, job.done + k)
         pushed = [*self.rows[:steps], *(self.noise[:steps] if drawn else [])]
         if self.edited:
@@ -186,6 +188,10 @@ class Lane:
             buffer.push()
         self.edited = False
         return drawn
+
+    def takes_noise(self, steps: int) -> bool:
+        """Whether any of the next rows does."""
+        return any(job.rows[job.done : job.done + steps, :, NOISE].any() for job in self.jobs)
 
     def noise_of(self, job: Job, row: int) -> Array:
         if job.noise is not None:

@@ -98,11 +98,14 @@ class OrtGraph:
         self, name: str, session: InferenceSession, described: Mapping[str, Any], device: str, number: int,
         batches: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        self.name, self.session, self.device, self.number, self.batches = name, session, device, number, batches
+        self.name, self.session, self.device, self.number, self.sizes = name, session, device, number, batches
         self.bound: WeakKeyDictionary[Any, dict[Any, Callable[[], None]]] = WeakKeyDictionary()
         self.inputs: Mapping[str, Spec] = specs_of(described["inputs"])
         self.outputs: Mapping[str, Spec] = specs_of(described["outputs"])
         self.metadata: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+
+    def batches(self, tokens: int) -> Sequence[int]:
+        return self.sizes
 
     def bind(self, runs: Sequence[tuple[Tensors, Tensors]], first: int, count: int) -> Callable[[], None]:
         session, graph = self.session, self.name  # not self: a graph that is closed should be gone at once
@@ -199,7 +202,7 @@ class OrtBackend:
                 f"bundle '{bundle.path}' is in bfloat16, which ONNX Runtime's CPU cannot compute\n"
                 "export the checkpoint with --precision fp32, or run it on a GPU"
             )
-        self.shelf: Shelf[OrtGraph] = Shelf(self.load, self.size_of, memory if self.device == "cpu" else None)
+        self.shelf: Shelf[OrtGraph] = Shelf(memory if self.device == "cpu" else None)
         self.loaded = self.shelf.loaded
 
     def require_provider(self) -> None:
@@ -215,7 +218,7 @@ class OrtBackend:
             onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them, where ONNX Runtime would not look
 
     def graph(self, name: str) -> Graph:
-        return self.shelf(name)
+        return self.shelf.get(name, self.load, self.size_of)
 
     def lacks(self, name: str) -> str:
         return ""

@@ -13,30 +13,31 @@ Loaded = TypeVar("Loaded")
 
 
 class Shelf(Generic[Loaded]):
-    """`shelf(name)` loads a graph or finds it loaded. For any thread: a server encodes and decodes beside the thread
-    that steps."""
+    """For any thread: a server encodes and decodes beside the thread that steps. It does not know its owner, who is to
+    be gone, with all graphs, as soon as nobody has him."""
 
-    def __init__(self, load: Callable[[str], Loaded], size_of: Callable[[str], int], limit: int | None) -> None:
-        self.load, self.size_of, self.limit = load, size_of, limit  # bytes
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit  # bytes
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # the one used last at the end
         self.lock = Lock()
 
-    def __call__(self, name: str) -> Loaded:
+    def get(self, name: str, load: Callable[[str], Loaded], size_of: Callable[[str], int]) -> Loaded:
+        """Load a graph, or find it loaded."""
         with self.lock:
             if name not in self.loaded:
-                self.make_room(name)
-                self.loaded[name] = self.load(name)
+                self.make_room(name, size_of)
+                self.loaded[name] = load(name)
             self.loaded.move_to_end(name)
             return self.loaded[name]
 
-    def make_room(self, name: str) -> None:
+    def make_room(self, name: str, size_of: Callable[[str], int]) -> None:
         if self.limit is None:
             return
-        need = self.size_of(name)
+        need = size_of(name)
         if need > self.limit:
             raise EnvironmentLackError(
                 f"graph '{name}' takes about {need / 1e6:.0f} MB of memory, the limit is {self.limit / 1e6:.0f} MB\n"
                 "allow it more (--memory), or leave the limit out"
             )
-        while self.loaded and need + sum(map(self.size_of, self.loaded)) > self.limit:
+        while self.loaded and need + sum(map(size_of, self.loaded)) > self.limit:
             self.loaded.popitem(last=False)

@@ -329,7 +329,7 @@ def one_step(bundle: Bundle, backend: str) -> str:
     if bundle.manifest["text"]:
         size, patch = steps[name]["image_size"] or 0, bundle.manifest["picture"]["patch"]
         tokens = (size // patch) ** 2 * steps[name]["pictures"] + min(bundle.manifest["text"]["lengths"])
-    batch = graph.batches[0] if graph.batches else 1
+    batch = next(iter(graph.batches(tokens)), 1)
     inputs = {
         # Ones in the solver's row: it divides by some of it.
         name: np.full(spec.sized(batch=batch, tokens=tokens), spec.dtype.kind == "f", spec.dtype)

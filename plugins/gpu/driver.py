@@ -26,6 +26,7 @@ MULTIPROCESSORS = 16  # device attribute
 SHARED_LIMIT = 97  # device attribute: bytes of shared memory a block may ask for
 DYNAMIC_SHARED = 8  # function attribute: how much of that it does ask for
 CAPTURE_RELAXED = 2
+EVENT_QUIET = 3  # whoever waits sleeps, and no time is taken
 
 _HANDLE = POINTER(c_void_p)
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
@@ -49,6 +50,10 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuStreamCreate": (_HANDLE, c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
+    "cuEventCreate": (_HANDLE, c_uint),
+    "cuEventRecord": (c_void_p, c_void_p),
+    "cuEventSynchronize": (c_void_p,),
+    "cuEventDestroy_v2": (c_void_p,),
     "cuStreamBeginCapture_v2": (c_void_p, c_int),
     "cuStreamEndCapture": (c_void_p, _HANDLE),
     "cuGraphInstantiateWithFlags": (_HANDLE, c_void_p, c_uint64),
@@ -189,6 +194,20 @@ class Driver:
 
     def synchronize(self, stream: int) -> None:
         self.call("cuStreamSynchronize", stream)
+
+    def create_event(self) -> int:
+        return self.handle("cuEventCreate", EVENT_QUIET)
+
+    def record(self, event: int, stream: int) -> None:
+        """The event is what the stream has to do by now."""
+        self.call("cuEventRecord", event, stream)
+
+    def wait(self, event: int) -> None:
+        """Until all of it is done; also while the stream is captured by somebody else."""
+        self.call("cuEventSynchronize", event)
+
+    def destroy_event(self, event: int) -> None:
+        self.call("cuEventDestroy_v2", event)
 
     def begin_capture(self, stream: int) -> None:
         """From here on, what is launched on the stream is recorded and does not run."""

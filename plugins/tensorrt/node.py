@@ -5,7 +5,8 @@ Nothing here needs TensorRT. `python_plugin.py` wraps it in TensorRT's classes; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,6 +19,23 @@ from mdm.plugins.gpu.scan import Scans
 from mdm.plugins.gpu.variants import Plan, choose, workspace_limit
 
 MOST_PLANS = 64  # of a node; making one anew takes microseconds
+
+
+_accidents: list[BaseException] = []  # the last one
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """What is raised, Ctrl-C too, is kept for whoever asked TensorRT: its bindings swallow it."""
+    try:
+        yield
+    except BaseException as error:
+        _accidents[:] = [error]
+        raise
+
+
+def take_accident() -> BaseException | None:
+    return _accidents.pop() if _accidents else None
 
 
 @dataclass(frozen=True)
@@ -59,9 +77,6 @@ class Node:
     def clone(self) -> Node:
         """Another of this kind without its plans: it may serve another GPU."""
         return Node(self.operator, self.has, self._scans)
-
-    def forget(self) -> None:
-        self._plans.clear()
 
     def expect(self, inputs: int) -> None:
         """An error where TensorRT has another number of them."""

@@ -20,7 +20,7 @@ import numpy as np
 import tensorrt as trt
 
 from mdm.plugins.contract import DOMAIN, OPERATORS, VERSION, Operator
-from mdm.plugins.tensorrt.node import Described, Node
+from mdm.plugins.tensorrt.node import Described, Node, kept
 
 TYPES = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
 
@@ -75,12 +75,13 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPl
         return self.node.workspace([described(tensor.desc, tensor.max) for tensor in inputs])
 
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        self.node.prepare([described(tensor) for tensor in inputs])
+        with kept():
+            self.node.prepare([described(tensor) for tensor in inputs])
 
     def destroy(self) -> None:
         """TensorRT lets go of this one. The bindings (11.4) then free its C++ half twice if Python has no other
-        reference, as after a build that fails: one stays, and the plans go."""
-        self.node.forget()
+        reference, as after a build that fails: one stays, an empty one."""
+        self.__dict__.clear()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def set_tactic(self, tactic: int) -> None:
@@ -95,7 +96,8 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPl
         workspace: int,
         stream: int,
     ) -> None:
-        self.node.run([described(tensor) for tensor in input_desc], inputs, outputs[0], workspace, stream)
+        with kept():
+            self.node.run([described(tensor) for tensor in input_desc], inputs, outputs[0], workspace, stream)
 
 
 class Creator(trt.IPluginCreatorV3One):

@@ -6,8 +6,9 @@ operators are the plugins of `plugins/tensorrt`.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
+from functools import partial
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mdm.runtime.bundle import Bundle
 from mdm.runtime.json_schema import told
 from mdm.runtime.shelf import Shelf
 from mdm.runtime.tensorrt.engine import Engine
-from mdm.runtime.tensorrt.engines import find_engine
+from mdm.runtime.tensorrt.engines import engines_for, open_engine
 from mdm.runtime.tensorrt.gpu import GpuBuffer
 from mdm.runtime.tensorrt.graph import TensorRtGraph
 from mdm.runtime.tensorrt.library import Library
@@ -47,12 +48,14 @@ class TensorRtBackend:
         self.bundle, self.memory, self.profile, self.captures = bundle, memory, profile, captures
         self.library = Library(device)
         self.gpu = self.library.gpu
-        self.found: dict[str, tuple[Path, Record]] = {}
-        self.shelf: Shelf[TensorRtGraph] = Shelf(self.load, self.size_of, memory)
+        self.shelf: Shelf[TensorRtGraph] = Shelf(memory)
 
     def graph(self, name: str) -> Graph:
+        # The file is read before this thread has the GPU: its hash takes a second for each GB.
+        there = name in self.shelf.loaded
+        opened = None if there else open_engine(self.bundle, name, self.library.place, self.profile)
         with self.gpu.mine():  # an engine that has to go is not to go in the middle of a capture
-            return self.shelf(name)
+            return self.shelf.get(name, partial(self.load, opened), self.size_of)
 
     def buffer(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Buffer:
         return GpuBuffer(self.gpu, shape, dtype)
@@ -62,28 +65,26 @@ class TensorRtBackend:
             return f"no engine was built of it, and no task needs it: mdm build --graph {name}"
         return ""
 
-    def find(self, name: str) -> tuple[Path, Record]:
-        if name not in self.found:  # its hash takes a second for each GB
-            self.found[name] = find_engine(self.bundle, name, self.library.place, self.profile)
-        return self.found[name]
-
     def size_of(self, name: str) -> int:
-        """Bytes on the GPU, about. What streams its weights takes what it is given."""
-        _, record = self.find(name)
-        if record.streams:
-            return 0
-        weights = sum(self.bundle.manifest["files"][file]["size"] for file in self.bundle.graph(name)["weights"])
-        return record.bytes + weights * record.stripped
+        """Bytes on the GPU, about, of a graph that is loaded or would be."""
+        loaded = self.shelf.loaded.get(name)
+        if loaded is not None:
+            return loaded.size
+        _, record = engines_for(self.bundle, name, self.library.place, self.profile)[0]
+        return self.size_in(record, name)
 
-    def load(self, name: str) -> TensorRtGraph:
-        path, record = self.find(name)
-        try:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-                made = self.library.deserialize(plan, record.operators, record.carries_code)
-            if record.stripped:
-                self.refit(made, name)
-        except EngineError as error:
-            raise EngineError(f"engine '{path}': {error}\nbuild it again: mdm build --force") from error
+    def size_in(self, record: Record, name: str) -> int:
+        weights = sum(self.bundle.manifest["files"][file]["size"] for file in self.bundle.graph(name)["weights"])
+        # What streams its weights takes what it is given.
+        return 0 if record.streams else record.bytes + weights * record.stripped
+
+    def load(self, opened: tuple[Path, Record, mmap] | None, name: str) -> TensorRtGraph:
+        # None: it was there a moment ago, and had to go.
+        path, record, plan = opened or open_engine(self.bundle, name, self.library.place, self.profile)
+        with plan:
+            made = self.library.deserialize(plan, record.operators, record.carries_code)
+        if record.stripped:
+            self.refit(made, name)
         if record.streams:
             budget = made.get_weight_streaming_automatic_budget()
             made.weight_streaming_budget_v2 = budget if self.memory is None else min(self.memory, budget)
@@ -91,25 +92,29 @@ class TensorRtBackend:
         described = self.bundle.graph(name)
         inputs, outputs = specs_of(described["inputs"]), specs_of(described["outputs"])
         check_tensors(engine, {**inputs, **outputs}, path)
-        return TensorRtGraph(engine, inputs, outputs)
+        return TensorRtGraph(engine, inputs, outputs, self.size_in(record, name))
 
     def refit(self, made: Any, name: str) -> None:
-        """Give an engine that was built without its weights those of the bundle."""
-        trt, log = self.library.trt, self.library.log
+        """Give an engine that was built without its weights those of the bundle: TensorRT takes any for the right
+        ones."""
+        trt, log, described = self.library.trt, self.library.log, self.bundle.graph(name)
         if not hasattr(trt, "OnnxParserRefitter"):
             raise EnvironmentLackError(
                 f"the engine of graph '{name}' has no weights, and {trt.__name__} cannot give it any\n"
                 'pip install "mdm-deploy[tensorrt]", or build it without --strip'
             )
-        self.bundle.graph_bytes(name)  # the file is the signed one
+        for file in (described["file"], *described["weights"]):
+            self.bundle.check(file)
+        log.take()
         refitter = trt.Refitter(made, log)
         parser = trt.OnnxParserRefitter(refitter, log)
-        if not parser.refit_from_file(str(self.bundle.file(self.bundle.graph(name)["file"]).resolve())):
+        what = f"the bundle's weights do not go into the engine of graph '{name}'"
+        if not parser.refit_from_file(str(self.bundle.file(described["file"]).resolve())):
             said = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-            raise EngineError(f"the bundle's weights do not go into it: {said or log.take()}")
+            raise EngineError(f"{what}: {said}") if said else self.library.failed(what)
         if not refitter.refit_cuda_engine_async(self.gpu.stream):
-            raise self.library.failed("the bundle's weights do not go into it")
-        self.gpu.wait()
+            raise self.library.failed(what)
+        self.gpu.wait(self.gpu.mark())
 
 
 def check_tensors(engine: Engine, specs: dict[str, Spec], path: Path) -> None:

@@ -1,9 +1,9 @@
-"""An engine in the GPU's memory: an execution context for each set of shapes, and runs on them, captured when they come
-again.
+"""An engine in the GPU's memory, and runs of it, captured when they come again.
 
 A run is a chain of evaluations, each with addresses of its own: the whole denoising loop of a sample, or one step of
-it. The first time it is put on the stream call by call, which TensorRT wants before any capture; the second time it is
-captured, and from then on it is one call of the driver.
+it. The first time it is put on the stream call by call, in an execution context that all runs of these shapes share.
+The second time it is captured, in a context of its own, which is never touched again: NVIDIA advises one for each
+graph. From then on it is one call of the driver.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from mdm.plugins.errors import EngineError, InputError
-from mdm.runtime.tensorrt.gpu import ALIGNED, Gpu
+from mdm.runtime.tensorrt.gpu import ALIGNED
 from mdm.runtime.tensorrt.library import Library
 
 Shape = tuple[int, ...]
 Shapes = tuple[tuple[str, Shape], ...]  # of all inputs
 Addresses = Mapping[str, int]  # of all inputs and outputs
 
-MOST_FITTED = 16  # contexts of an engine: each takes some MB of this side's memory
-MOST_CAPTURES = 8  # of a context: a loop of 20 steps of a large model has 30,000 launches, some 30 MB
+MOST_FITTED = 8  # contexts that are shared: each takes some MB of this side's memory
+MOST_CAPTURED = 256  # evaluations in captures of an engine: one of a large model has 1500 launches, some 1.5 MB
+MOST_FAILURES = 3  # captures in a row that fail, before none is tried any more
 
 
 class Run:
@@ -31,24 +32,17 @@ class Run:
 
     def __init__(self, engine: Engine, shapes: Shapes, chain: Sequence[Addresses]) -> None:
         self.engine, self.shapes, self.chain = engine, shapes, chain
-        self.times = 0
+        self.ran = False  # call by call, since it was last captured
 
     def __call__(self) -> None:
         gpu = self.engine.gpu
         try:
             with gpu.mine():
                 self.engine.launch(self)
-            gpu.wait()
+                done = gpu.mark()
+            gpu.wait(done)
         except EngineError as error:
             raise EngineError(f"graph '{self.engine.name}' failed in TensorRT: {error}") from error
-
-
-class Capture:
-    """A run as the driver knows it, which goes with this object."""
-
-    def __init__(self, gpu: Gpu, handle: int) -> None:
-        self.handle = handle
-        gpu.drop_with(self, gpu.driver.free_graph, handle)
 
 
 class Engine:
@@ -65,6 +59,10 @@ class Engine:
             for index in range(made.num_optimization_profiles)
         ]
         self._fitted: OrderedDict[Shapes, Fitted] = OrderedDict()  # the one used last at the end
+        self.captured: WeakKeyDictionary[Run, Capture] = WeakKeyDictionary()  # likewise
+        self._failures = 0
+        if made.streamable_weights_size > made.weight_streaming_budget_v2:
+            self.captures, self.why_not = False, "TensorRT does not let an engine that streams its weights be captured"
 
     def dtype_of(self, name: str) -> str:
         """In numpy's words, where it has any."""
@@ -91,35 +89,50 @@ class Engine:
 
     def launch(self, run: Run) -> None:
         """Put a run on the stream."""
-        fitted = self.fit(run.shapes)
-        fitted.place()
-        capture = fitted.captures.get(run)
-        if capture is None and run.times and self.captures:
-            try:
-                capture = fitted.capture(run)
-            except EngineError as error:  # TensorRT or a plugin does what cannot be captured
-                self.captures, self.why_not = False, str(error)
-        if capture is not None:
-            self.gpu.driver.replay(capture.handle, self.gpu.stream)
+        capture = self.captured.pop(run, None)
+        if capture is not None and not capture.holds():  # what it works in has moved
+            capture = None
+        if capture is None and run.ran and self.captures:
+            capture = self._capture(run)
+        if capture is None:
+            self.fit(run.shapes).enqueue(run.chain)
+            run.ran = True
         else:
-            fitted.enqueue(run)
-        run.times += 1
+            self.captured[run] = capture
+            self.gpu.driver.replay(capture.handle, self.gpu.stream)
 
     def fit(self, shapes: Shapes) -> Fitted:
+        """A context for these shapes."""
         if shapes not in self._fitted:
             if len(self._fitted) == MOST_FITTED:
-                self.gpu.wait()
+                self.gpu.wait(self.gpu.mark())
                 self._fitted.popitem(last=False)
             self._fitted[shapes] = Fitted(self.library, self.made, self.profile_for(shapes), shapes)
         self._fitted.move_to_end(shapes)
         return self._fitted[shapes]
 
+    def _capture(self, run: Run) -> Capture | None:
+        """None where TensorRT or a plugin does what cannot be captured."""
+        while self.captured and len(run.chain) + self._steps_captured() > MOST_CAPTURED:
+            oldest = next(iter(self.captured))
+            del self.captured[oldest]
+            oldest.ran = False  # it is to come twice again
+        try:
+            made = Capture(Fitted(self.library, self.made, self.profile_for(run.shapes), run.shapes), run.chain)
+        except EngineError as error:
+            self._failures += 1
+            self.captures, self.why_not = self._failures < MOST_FAILURES, str(error)
+            return None
+        self._failures, self.why_not = 0, ""
+        return made
+
+    def _steps_captured(self) -> int:
+        return sum(len(run.chain) for run in self.captured)
+
 
 class Fitted:
-    """An execution context for one set of shapes: what was captured holds for the context it was captured with.
-
-    It does not know its Engine, which is to be gone as soon as nobody has it.
-    """
+    """An execution context for one set of shapes. It does not know its Engine, which is to be gone as soon as nobody
+    has it."""
 
     def __init__(self, library: Library, made: Any, profile: int, shapes: Shapes) -> None:
         self.library, self.gpu = library, library.gpu
@@ -132,33 +145,43 @@ class Fitted:
         for name, shape in shapes:
             if not self.context.set_input_shape(name, shape):
                 raise library.failed(f"it refuses {name} of shape {[*shape]}")
-        if missing := self.context.infer_shapes():
+        try:
+            missing = self.context.infer_shapes()
+        except RuntimeError as error:
+            raise library.failed(f"it refuses the shapes {dict(shapes)}") from error
+        if missing:
             raise library.failed(f"it does not know the shape of {', '.join(missing)}")
         self.size = made.get_device_memory_size_for_profile_v2(profile)
         self.scratch = 0, 0  # where, and how much
-        self.captures: WeakKeyDictionary[Run, Capture] = WeakKeyDictionary()
 
-    def place(self) -> None:
-        """Give the context its memory, where that has moved: what was captured then points to what is gone."""
+    def enqueue(self, chain: Sequence[Addresses]) -> None:
         scratch = self.gpu.scratch(self.size), self.gpu.scratch_size
         if scratch != self.scratch:
-            self.captures.clear()
             self.context.set_device_memory(*scratch)
             self.scratch = scratch
-
-    def enqueue(self, run: Run) -> None:
-        for addresses in run.chain:
+        for addresses in chain:
             for name, address in addresses.items():
                 if not self.context.set_tensor_address(name, address):
                     raise self.library.failed(f"it refuses the memory of {name}")
             if not self.context.execute_async_v3(self.gpu.stream):
                 raise self.library.failed("it does not run")
 
-    def capture(self, run: Run) -> Capture:
-        while len(self.captures) >= MOST_CAPTURES:
-            del self.captures[next(iter(self.captures))]
-        self.captures[run] = made = Capture(self.gpu, self.gpu.capture(lambda: self.enqueue(run)))
-        return made
+
+class Capture:
+    """A chain of evaluations as one launch, with the context that it was captured in."""
+
+    def __init__(self, fitted: Fitted, chain: Sequence[Addresses]) -> None:
+        self.fitted, gpu = fitted, fitted.gpu
+        # TensorRT wants to have run once before. A step leaves what it starts from as it is, so it can be repeated. The
+        # context must not go before that is done, should the capture fail.
+        fitted.enqueue(chain[:1])
+        gpu.wait(gpu.mark())
+        self.handle = gpu.capture(lambda: fitted.enqueue(chain))
+        gpu.drop_with(self, gpu.driver.free_graph, self.handle)
+
+    def holds(self) -> bool:
+        """Whether the memory it works in is where it was."""
+        return self.fitted.scratch == (self.fitted.gpu.scratch(0), self.fitted.gpu.scratch_size)
 
 
 def check_aligned(graph: str, addresses: Addresses) -> None:

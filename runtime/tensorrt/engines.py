@@ -9,6 +9,7 @@ records.py. Of several the newest is taken.
 
 from __future__ import annotations
 
+import mmap
 import platform
 import shlex
 import sys
@@ -65,11 +66,34 @@ def _fits_gpu(built: str, ours: str, hardware: str) -> bool:
 def find_engine(
     bundle: Bundle, graph: str, place: Mapping[str, str], profile: str | None = None
 ) -> tuple[Path, Record]:
-    """The engine's file, whose content is the one that was trusted, and what is known of it. `profile`: it has one of
-    this name."""
+    """The engine's file, and what is known of it. `profile`: it has one of this name."""
+    path, record, content = open_engine(bundle, graph, place, profile)
+    content.close()
+    return path, record
+
+
+def open_engine(
+    bundle: Bundle, graph: str, place: Mapping[str, str], profile: str | None = None
+) -> tuple[Path, Record, mmap.mmap]:
+    """The same, with the file's content in memory, which is the one that was trusted."""
+    wrong = []
+    for path, record in engines_for(bundle, graph, place, profile):
+        try:
+            return path, record, record.open_engine(path)
+        except InputError as error:
+            wrong.append(_in_one_line(error))
+    raise InputError(
+        f"the engine of {_subject(bundle, graph)} is not the file that was built\n{wrong[0]}\n"
+        f"run: {_build(bundle)} --graph {graph}"
+    )
+
+
+def engines_for(
+    bundle: Bundle, graph: str, place: Mapping[str, str], profile: str | None = None
+) -> list[tuple[Path, Record]]:
+    """Those to choose from, the newest first, by what is known of them: one at least."""
     bundle.graph(graph)
-    build = f"mdm build {shlex.quote(str(bundle.path))}"
-    subject = f"graph '{graph}' of bundle '{bundle.path}'"
+    build, subject = _build(bundle), _subject(bundle, graph)
     found, passed_over = _read(bundle, graph)
 
     def refuse(wrong: str, remedy: str = f"run: {build}") -> InputError:
@@ -95,14 +119,15 @@ def find_engine(
             f"the engine of {subject} was not built here, and TensorRT runs whatever is in one",
             f"if you trust whoever made it, run: {build} --trust; else: {build}",
         )
-    for path, record in trusted:
-        try:
-            record.check_engine(path)
-        except InputError as error:
-            passed_over.insert(0, _in_one_line(error))
-        else:
-            return path, record
-    raise refuse(f"the engine of {subject} is not the file that was built", f"run: {build} --graph {graph}")
+    return trusted
+
+
+def _build(bundle: Bundle) -> str:
+    return f"mdm build {shlex.quote(str(bundle.path))}"
+
+
+def _subject(bundle: Bundle, graph: str) -> str:
+    return f"graph '{graph}' of bundle '{bundle.path}'"
 
 
 def _read(bundle: Bundle, graph: str) -> tuple[list[tuple[Path, Record]], list[str]]:

@@ -25,14 +25,20 @@ ALIGNED = 256  # bytes, as TensorRT wants its tensors
 
 
 class _Held:
-    """What a GPU's user has of it. The last of Gpu and its memory gives it all back."""
+    """What a GPU's user has of it. The last of Gpu and its memory gives it all back.
+
+    But for the context: TensorRT's objects may go after this one, and need it. The driver takes it when the process
+    ends.
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        with device.current():
-            self.stream = device.driver.create_stream()
         self.dropped: list[tuple[Callable[[int], None], int]] = []  # how to free, and what
         self.scratch: list[int] = []  # one or none
+        self.events: list[int] = []  # that nobody waits for
+        self.stream = 0
+        with device.current():
+            self.stream = device.driver.create_stream()
 
     def drop(self, free: Callable[[int], None], handle: int) -> None:
         self.dropped.append((free, handle))
@@ -44,15 +50,14 @@ class _Held:
             free(handle)
 
     def __del__(self) -> None:
-        if sys.is_finalizing():  # the driver does it when the process ends
+        if sys.is_finalizing() or not self.stream:
             return
         driver = self.device.driver
         self.dropped += [(driver.free, pointer) for pointer in self.scratch]
+        self.dropped += [(driver.destroy_event, event) for event in self.events]
         with suppress(EngineError), self.device.current():  # a GPU that failed frees nothing any more
             self.free()
             driver.destroy_stream(self.stream)
-        with suppress(EngineError):
-            self.device.close()
 
 
 class Gpu:
@@ -70,10 +75,19 @@ class Gpu:
         with self._lock, self.device.current():
             yield
 
-    def wait(self) -> None:
-        """Until everything on the stream is done. Others may put more on it meanwhile."""
+    def mark(self) -> int:
+        """All that is on the stream by now: for `wait`, once. To wait for the stream itself would break the capture
+        that another thread has begun on it."""
+        events = self._held.events
+        event = events.pop() if events else self.driver.create_event()
+        self.driver.record(event, self.stream)
+        return event
+
+    def wait(self, event: int) -> None:
+        """Until that is done. Others may put more on the stream meanwhile."""
         with self.device.current():
-            self.driver.synchronize(self.stream)
+            self.driver.wait(event)
+        self._held.events.append(event)
 
     # ------------------------------------------------------------------------------------------------------- memory
 
@@ -128,8 +142,8 @@ class Gpu:
     def capture(self, launch: Callable[[], None]) -> int:
         """What `launch` puts on the stream, recorded and not run: for `replay`, until `free_graph`."""
         self.sweep()
-        self.driver.begin_capture(self.stream)
         try:
+            self.driver.begin_capture(self.stream)
             launch()
         except BaseException:
             with suppress(EngineError):  # the capture is broken: this says so again
@@ -155,7 +169,8 @@ class GpuBuffer:
     def pull(self) -> None:
         with self._gpu.mine():
             self._gpu.driver.download_later(self.host.ctypes.data, self.pointer, self.host.nbytes, self._gpu.stream)
-        self._gpu.wait()
+            done = self._gpu.mark()
+        self._gpu.wait(done)
 
     def address(self, row: int) -> int:
         return self.pointer + row * self.host.strides[0]

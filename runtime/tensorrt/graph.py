@@ -19,13 +19,27 @@ MOST_STAGED = 4  # sets of shapes for which a graph keeps buffers for arrays
 class TensorRtGraph:
     metadata: Mapping[str, str] = {}  # an engine keeps none
 
-    def __init__(self, engine: Engine, inputs: Mapping[str, Spec], outputs: Mapping[str, Spec]) -> None:
-        self.engine, self.inputs, self.outputs = engine, inputs, outputs
+    def __init__(self, engine: Engine, inputs: Mapping[str, Spec], outputs: Mapping[str, Spec], size: int = 0) -> None:
+        """`size`: bytes on the GPU, about."""
+        self.engine, self.inputs, self.outputs, self.size = engine, inputs, outputs, size
         self.bound: WeakKeyDictionary[Any, dict[Any, Callable[[], None]]] = WeakKeyDictionary()
-        first = next(iter(inputs))  # the batch is every tensor's first dimension
-        spans = [(profile[first][0][0], profile[first][2][0]) for profile in engine.profiles]
-        self.batches: Sequence[int] = sorted({size for least, most in spans for size in range(least, most + 1)})
         self._staged: dict[Any, tuple[dict[str, GpuBuffer], dict[str, GpuBuffer], Callable[[], None]]] = {}
+
+    def batches(self, tokens: int = 0, **sizes: int) -> Sequence[int]:
+        """Of the profiles that take the other dimensions so. The batch is every tensor's first dimension."""
+        sizes = {**sizes, "tokens": tokens} if tokens else sizes
+        found: set[int] = set()
+        for profile in self.engine.profiles:
+            spans = {
+                letter: (least, most)
+                for name, spec in self.inputs.items()
+                for letter, least, most in zip(spec.shape, profile[name][0], profile[name][2], strict=True)
+                if isinstance(letter, str)
+            }
+            least, most = spans["batch"]
+            if all(spans[letter][0] <= size <= spans[letter][1] for letter, size in sizes.items() if letter in spans):
+                found |= {*range(least, most + 1)}
+        return sorted(found)
 
     def bind(
         self, runs: Sequence[tuple[Mapping[str, Buffer], Mapping[str, Buffer]]], first: int, count: int
@@ -48,18 +62,31 @@ class TensorRtGraph:
             raise InputError(
                 f"graph '{self.engine.name}' was given {', '.join(inputs)}\nexpected {', '.join(self.inputs)}"
             )
-        count, most = len(next(iter(inputs.values()))), self.batches[-1]
+        sizes = self._sizes({name: array.shape for name, array in inputs.items()})
+        count = sizes.pop("batch")
+        # None: the shapes are no profile's, which `bind` says in words.
+        batches = self.batches(**sizes) or [count]
+        most = batches[-1]
         pieces = [
-            self._run_piece(wanted, {name: array[at : at + most] for name, array in inputs.items()})
+            self._run_piece(wanted, {name: array[at : at + most] for name, array in inputs.items()}, batches)
             for at in range(0, count, most)
         ]
         return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
-    def _run_piece(self, wanted: Sequence[str], inputs: Mapping[str, Array]) -> list[Array]:
+    def _sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Of the open dimensions, by name."""
+        return {
+            letter: size
+            for name, shape in shapes.items()
+            for letter, size in zip(self.inputs[name].shape, shape, strict=True)
+            if isinstance(letter, str)
+        }
+
+    def _run_piece(self, wanted: Sequence[str], inputs: Mapping[str, Array], batches: Sequence[int]) -> list[Array]:
         count = len(next(iter(inputs.values())))
-        room = next(size for size in self.batches if size >= count)
-        here, there, run = self._stage(tuple((name, (room, *inputs[name].shape[1:])) for name in self.inputs))
+        room = next(size for size in batches if size >= count)
         with self.engine.gpu.mine():  # a thread that came between would use the same buffers
+            here, there, run = self._stage(tuple((name, (room, *inputs[name].shape[1:])) for name in self.inputs))
             for name, buffer in here.items():
                 buffer.host[:count] = inputs[name]
                 buffer.host[count:] = inputs[name][-1]
@@ -72,19 +99,13 @@ class TensorRtGraph:
     def _stage(self, shapes: Any) -> tuple[dict[str, GpuBuffer], dict[str, GpuBuffer], Callable[[], None]]:
         """Buffers for inputs and outputs of these shapes."""
         if shapes not in self._staged:
-            gpu = self.engine.gpu
-            sizes = {
-                letter: size
-                for name, shape in shapes
-                for letter, size in zip(self.inputs[name].shape, shape, strict=True)
-                if isinstance(letter, str)
-            }
+            gpu, sizes = self.engine.gpu, self._sizes(dict(shapes))
             here, there = (
                 {name: GpuBuffer(gpu, spec.sized(**sizes), spec.dtype) for name, spec in specs.items()}
                 for specs in (self.inputs, self.outputs)
             )
             run = self.bind([(here, there)], 0, shapes[0][1][0])
-            if len(self._staged) == MOST_STAGED:
+            while len(self._staged) >= MOST_STAGED:
                 del self._staged[next(iter(self._staged))]
             self._staged[shapes] = here, there, run
         return self._staged[shapes]

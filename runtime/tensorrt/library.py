@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from mdm.plugins.errors import EngineError, EnvironmentLackError
+from mdm.plugins.tensorrt.node import take_accident
 from mdm.runtime.tensorrt.engines import place_of
 from mdm.runtime.tensorrt.gpu import Gpu
 from mdm.runtime.tensorrt.versions import Kind, tensorrt_module
@@ -23,7 +24,13 @@ class Library:
         self.place = place_of(self.trt.__version__, self.gpu.device)
         self.log = make_log(self.trt)
         with self.gpu.mine():
-            self.runtime = self.trt.Runtime(self.log)
+            try:
+                self.runtime = self.trt.Runtime(self.log)
+            except TypeError as error:  # the bindings' way to say that TensorRT gives none
+                raise EnvironmentLackError(
+                    f"TensorRT {self.trt.__version__} does not start: {self.log.take() or 'it does not say why'}\n"
+                    f"found a driver for CUDA {self.gpu.driver.version()}: it may want a newer one"
+                ) from error
 
     def deserialize(self, plan: Any, plugins: Sequence[Kind], carries_code: bool = False) -> Any:
         """TensorRT's engine from a plan's bytes, which TensorRT believes whatever they are. `plugins`: what it runs;
@@ -31,19 +38,20 @@ class Library:
         if plugins and not carries_code:
             self.require(plugins)
         with self.gpu.mine():
+            self.log.take()  # what went wrong before was told then
             self.runtime.engine_host_code_allowed = carries_code
             made = self.runtime.deserialize_cuda_engine(plan)
         if made is None:
             raise self.failed(f"TensorRT {self.trt.__version__} does not load the engine")
         return made
 
-    def failed(self, what: str) -> EngineError:
-        """With TensorRT's last error."""
-        said = self.log.take()
-        return EngineError(f"{what}{': ' if said else ''}{said}")
-
     def require(self, plugins: Sequence[Kind]) -> None:
         """Our plugins, registered; then what an engine was built with has to be among them."""
+        if self.trt.__name__ != "tensorrt":
+            raise EnvironmentLackError(
+                f"the engine wants our plugins, which {self.trt.__name__} cannot have from Python\n"
+                'pip install "mdm-deploy[tensorrt]", or build it with --version-compatible --library FILE'
+            )
         from mdm.plugins.tensorrt.python_plugin import register
 
         register()
@@ -53,6 +61,14 @@ class Library:
                     f"the engine wants the plugin {name} version {version} of '{namespace}', which is not here\n"
                     "it was built by another mdm-deploy: build it again with mdm build --force"
                 )
+
+    def failed(self, what: str) -> EngineError:
+        """With what our plugins raised meanwhile, else with TensorRT's last words."""
+        accident = take_accident()
+        if accident is not None and not isinstance(accident, Exception):
+            raise accident  # Ctrl-C, which the bindings keep to themselves
+        said = " ".join(str(accident).split()) if accident is not None else self.log.take()
+        return EngineError(f"{what}{': ' if said else ''}{said}")
 
 
 @cache
@@ -65,7 +81,7 @@ def make_log(trt: Any) -> Any:
             self.said = ""
 
         def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
+            if severity <= trt.ILogger.Severity.WARNING:  # that CUDA does not start is no more to it
                 self.said = " ".join(text.split())[:SAID]
 
         def take(self) -> str:

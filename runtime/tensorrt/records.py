@@ -6,7 +6,9 @@ an engine claims to be; that it was built here, or that its maker is trusted, is
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 import os
 import re
 import stat
@@ -64,7 +66,7 @@ _SCHEMA = _object({
         "tensorrt": _TEXT, "gpu": _TEXT, "platform": _TEXT,
     }),
     "sha256": _SHA256,
-    "bytes": _COUNT,
+    "bytes": _COUNT | {"minimum": 1},
     "seconds": {"type": "number", "minimum": 0, "maximum": 1e9},
     "built": {
         "type": "string", "pattern": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z",
@@ -135,11 +137,22 @@ class Record:
 
     def check_engine(self, path: Path) -> None:
         """An error where the engine's file is not the one that this was written of."""
+        self.open_engine(path).close()
+
+    def open_engine(self, path: Path) -> mmap.mmap:
+        """The engine's file in memory, whose content is what this was written of."""
         found = _regular(path)
         if found.st_size != self.bytes:
             raise InputError(f"'{path}' has {found.st_size} bytes, expected {self.bytes}")
-        if (sha256 := sha256_of(path)) != self.sha256:
+        try:
+            with path.open("rb") as file:
+                content = mmap.mmap(file.fileno(), self.bytes, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # it was changed just now
+            raise InputError(f"'{path}' cannot be read: {error}") from error
+        if (sha256 := hashlib.sha256(content).hexdigest()) != self.sha256:
+            content.close()
             raise InputError(f"'{path}' has the SHA-256 {sha256[:16]}..., expected {self.sha256[:16]}...")
+        return content
 
 
 def now() -> str:

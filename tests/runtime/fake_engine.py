@@ -144,7 +144,9 @@ class FakeGraph:
         self.engine, self.name, self.kind = engine, name, KINDS[name]
         self.bound: WeakKeyDictionary[Any, dict[Any, Callable[[], None]]] = WeakKeyDictionary()
         self.inputs, self.outputs = self.kind.specs()
-        self.batches = engine.batches
+
+    def batches(self, tokens: int) -> Sequence[int]:
+        return self.engine.batches
 
     def bind(
         self, runs: Sequence[tuple[Mapping[str, Memory], Mapping[str, Memory]]], first: int, count: int

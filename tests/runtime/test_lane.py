@@ -415,7 +415,8 @@ def test_a_lanes_bindings_go_with_it() -> None:
 
 def test_a_run_ends_where_a_job_changes_lanes() -> None:
     job = make_job(["step_image", "step_image", "step_image_up"], steps=8)
-    assert [job.stays for job.done in range(8)] == [2, 1, 1, 2, 1, 1, 2, 1]
+    assert [job.stays(9) for job.done in range(8)] == [2, 1, 1, 2, 1, 1, 2, 1]
+    assert [job.stays(1) for job.done in range(8)] == [1] * 8
     job.done = 0
     lane = lane_for(FakeEngine(chain=99), job)
     lane.join(job)

@@ -176,8 +176,8 @@ def test_engines_are_for_the_shapes_that_a_model_has(
     assert number == 3
     assert shapes["base"] == ((1, 24, 12), (8, 36, 12), (16, 36, 12))  # texts of 8 and of 20 tokens, and a picture's 16
     assert set(shapes) == set(graph.inputs)
-    assert [*graph.batches] == [*range(1, 17)]
-    assert not [*OrtBackend(bundle, threads=1).graph("step_joint").batches]  # the others take any
+    assert [*graph.batches(0)] == [*range(1, 17)]
+    assert not [*OrtBackend(bundle, threads=1).graph("step_joint").batches(0)]  # the others take any
 
 
 def test_the_options_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from mdm.reference import SHIPPED_TOKENIZER, build_model, load_config
 from mdm.tools.bench import compare
 from mdm.tools.main import main
 
+from .built import GRAPH, Built, build
+
 QUICK = ["--seconds", "0.02", "--threads", "1", "--no-compile"]
 Out = pytest.CaptureFixture[str]
 
@@ -134,6 +136,8 @@ def test_it_runs_where_torch_and_onnx_are_not_installed(bundle: Path) -> None:
         (["{bundle}", "--batch", "0"], "batch is 0"),
         (["{bundle}", "--threads", "0"], "threads is 0"),
         (["{bundle}", "--backend", "ort-cp"], "unknown backend 'ort-cp'; did you mean 'ort-cpu'?"),
+        (["{bundle}", "--profile", "edge"], "backend 'ort-cpu' has no profiles\nleave the profile out"),
+        (["{bundle}", "--backend", "tensorrt", "--threads", "1"], "runs on a GPU, and takes no threads"),
         (["{bundle}", "--plot", "bars.jpg"], "--plot is 'bars.jpg', expected a file name that ends in .png"),
         (["{bundle}/.."], "lacks the file 'manifest.json'"),
     ],
@@ -148,3 +152,59 @@ def test_the_parts_are_still_there(capsys: Out) -> None:
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in ("BUNDLE", "export", "ops", "scaling", "soak", "step"))
     assert main(["bench", "step", "--help"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- on TensorRT
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., dict[str, Any]], stand_in: Any) -> Built:
+    return build(tmp_path_factory.mktemp("bench_tensorrt"), tiny(family="dim", state=16), stand_in)
+
+
+def test_a_report_of_tensorrt_is_whole(built: Built) -> None:
+    """What it cannot be compared with is told, each with its reason."""
+    words = ("--backend", "tensorrt", "--profile", "latency", "--steps", "4", "--batch", "2", "--seconds", "0.02")
+    report = built.told("bench", built.bundle, *words)
+    assert (report["engine"], report["backend"], report["threads"]) == ("TensorRT", "tensorrt", None)
+    assert (report["task"], report["steps"], report["batch"]) == ("class_to_image", 4, 2)
+    assert list(report["load"]) == [GRAPH]
+    assert min(report["open"], report["load"][GRAPH]) > 0
+    for times in report["stages"].values():
+        assert 0 < times["p50"] <= times["p90"] <= times["p99"]
+    assert report["seconds"].keys() == {"runtime"}
+    assert report["seconds"]["runtime"]["p50"] == report["stages"]["step"]["p50"]
+    assert report["seconds"]["runtime"]["count"] >= 4
+    assert report["ratios"].keys() == {"python_over_runtime"}
+    assert 0 < report["ratios"]["python_over_runtime"] < 1
+    assert report["missing"] == {
+        "products": "only ONNX Runtime itself says which products a step has",
+        "torch": "the reference is timed on the CPU alone",
+        "compiled": "the reference is timed on the CPU alone",
+    }
+    assert (report["operators"], report["product_share"], report["compile_seconds"]) == ({}, None, None)
+
+
+def test_a_report_of_tensorrt_for_people_and_its_picture(built: Built, tmp_path: Path) -> None:
+    out = tmp_path / "bars.png"
+    run = built.mdm("bench", built.bundle, "--backend", "tensorrt", "--seconds", "0.02", "--plot", out)
+    assert run.returncode == 0, run.stderr
+    assert f"{built.bundle}, class_to_image: 50 steps, batch 1, tensorrt\n" in run.stdout
+    assert "\nTensorRT | " in run.stdout
+    assert "\nnot measured, PyTorch, eager: the reference is timed on the CPU alone\n" in run.stdout
+    assert "ONNX Runtime |" not in run.stdout
+    with Image.open(out) as picture:
+        assert picture.width == 960
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--profile", "edge"), f"no engine of graph '{GRAPH}' of bundle '"),
+        (("--memory", "10KB"), f"graph '{GRAPH}' takes about 0 MB of memory, the limit is 0 MB"),
+    ],
+)
+def test_why_tensorrt_does_not_run_is_told(words: tuple[str, ...], said: str, built: Built) -> None:
+    run = built.mdm("bench", built.bundle, "--backend", "tensorrt", *words)
+    assert run.stderr.splitlines()[1].startswith(f"Error: {said}"), run.stderr
+    assert run.returncode == (2 if "--profile" in words else 3)

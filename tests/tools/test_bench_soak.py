@@ -17,14 +17,8 @@ from .built import GRAPH, Built, build
 QUICK = ("--runs", "20", "--changes", "6")
 ENGINE = "from mdm.runtime.tensorrt import engine\n"
 CAPTURING = ENGINE + (
-    "capture = engine.Fitted.capture\n"
-    "def planted(fitted, run):\n"
-    "    whole, run.chain = run.chain, {}\n"
-    "    try:\n"
-    "        return capture(fitted, run)\n"
-    "    finally:\n"
-    "        run.chain = whole\n"
-    "engine.Fitted.capture = planted\n"
+    "make = engine.Capture.__init__\n"
+    "engine.Capture.__init__ = lambda capture, fitted, chain: make(capture, fitted, {})\n"
 )
 CALLING = ENGINE + (
     "kept, call = [], engine.Run.__call__\n"
@@ -37,7 +31,7 @@ CALLING = ENGINE + (
 # What is planted, and what is said of it.
 FAULTS = {
     "a capture lacks the last step": (
-        CAPTURING.format("run.chain[:-1] or run.chain"), "class_to_image, captured, in one go, time 3: "
+        CAPTURING.format("chain[:-1] or chain"), "class_to_image, captured, in one go, time 3: "
     ),
     "captures are empty": (CAPTURING.format("[]"), "class_to_image, captured, in one go, time 3: "),
     "every step of a loop is its first": (
@@ -46,8 +40,8 @@ FAULTS = {
         "class_to_image, not captured, in one go, time 1: ",
     ),
     "nothing is captured": (
-        ENGINE + "engine.Fitted.capture = lambda fitted, run: None\n",
-        f"class_to_image is not captured: graph '{GRAPH}' ran 3 times call by call",
+        ENGINE + "engine.Engine._capture = lambda engine, run: None\n",
+        f"class_to_image is not captured: graph '{GRAPH}' runs call by call, again and again",
     ),
     "the GPU's memory grows": (CALLING.format("run.engine.gpu.driver.allocate(4096)"), "20 runs: gpu memory grew by "),
     "memory here grows": (CALLING.format("b'x' * 2**20"), "20 runs: host memory grew by "),

@@ -241,7 +241,7 @@ def test_engines_that_were_built_are_tried(built: set[str], bundle: Path, monkey
 
         def load(self, name: str) -> OrtGraph:
             graph = super().load(name)
-            graph.batches = [2, 4]
+            graph.sizes = [2, 4]
             return graph
 
     ran = []

@@ -252,6 +252,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "prompt for a picture": (["ask", "mdm.bundle", "what colour?", "red.png"], "does not know 'red.png'"),
     "backend": (["joint", "mdm.bundle", "--backend", "ort-gpu"], "did you mean 'ort-cpu'"),
     "threads": (["joint", "mdm.bundle", "--threads", "0"], "threads is 0"),
+    "profile": (["joint", "mdm.bundle", "--profile", "edge"], "backend 'ort-cpu' has no profiles"),
     "memory": (["joint", "mdm.bundle", "--memory", "lots"], "is not a size of memory"),
     "option": (["joint", "mdm.bundle", "--order", "2", "--solver", "ddim"], "'ddim' has no option 'order'"),
     "out": (["joint", "mdm.bundle", "--batch", "2", "--out", "x.png"], "names one picture, but 2"),

@@ -67,8 +67,8 @@ class Runs:
 
     def batches(self, task: str) -> Sequence[int]:
         """The least that its engine was built for."""
-        (request,) = requests_for(self.model, task, STEPS, 1)
-        return self.backend.graph(self.model.prepare(request).job.graphs[0]).batches[:MOST_BATCHES]
+        job = self.model.prepare(self.requests(task, 1)[0]).job
+        return self.backend.graph(job.graphs[0]).batches(job.tokens)[:MOST_BATCHES]
 
     def requests(self, task: str, batch: int) -> list[Request]:
         return requests_for(self.model, task, STEPS, batch)
@@ -79,8 +79,8 @@ class Runs:
             runs = [run for run in self.backend.graph(lane.name).bound[lane].values() if isinstance(run, Run)]
             whole = max(len(run.chain) for run in runs)
             for run in runs:
-                if len(run.chain) == whole and run not in run.engine.fit(run.shapes).captures:
-                    yield run.engine.why_not or f"graph '{lane.name}' ran {run.times} times call by call"
+                if len(run.chain) == whole and run not in run.engine.captured:
+                    yield run.engine.why_not or f"graph '{lane.name}' runs call by call, again and again"
 
     def memory(self) -> Memory:
         gc.collect()

@@ -93,7 +93,8 @@ def provide_plugins(trt: Any, request: Request) -> None:
     if request.library:
         if trt.get_plugin_registry().load_library(request.library) is None:
             raise InputError(
-                f"TensorRT finds no plugins in '{request.library}'\nexpected the library that plugins/tensorrt builds"
+                f"TensorRT {trt.__version__} takes no plugins from '{request.library}'\n"
+                "expected the library that mdm plugin build makes, with the headers of this TensorRT's major version"
             )
     elif request.facts["kernels"]:
         from mdm.plugins.tensorrt.python_plugin import register

@@ -82,7 +82,7 @@ def make_plan(bundle: Bundle, graphs: Iterable[str], profiles: Sequence[Profile]
         made = plan_graph(name, model, most, plan, asked)
         plan.graphs.append(made)
         weights |= {key if key[0] else (name, *key): size for key, size in weights_of(model).items()}
-        if made.workspace > (limit := min(profile.workspace for profile in profiles)):
+        if made.workspace > (limit := max(profile.workspace for profile in profiles)):
             plan.find(name, f"the plugins want a workspace of {made.workspace} bytes\nthe profile gives {limit}")
     plan.distinct = sum(weights.values())
     plan.targets = verdicts(asked)

@@ -176,6 +176,24 @@ int cuStreamSynchronize(Handle handle) {
   if (stream->capture) return invalidate(stream);
   return handle ? synchronize(stream) : synchronize_default();
 }
+int cuEventCreate(Handle* event, unsigned flags) { CALL(" %u", flags); *event = new_handle(EVENT); return 0; }
+int cuEventRecord(Handle event, Handle handle) {
+  CALL(" %p %p", event, handle);
+  CONTEXT;
+  Object *stream = object(handle, STREAM), *marker = object(event, EVENT);
+  if (!stream || !marker) return INVALID_HANDLE;
+  if (stream->capture) return invalidate(stream);
+  marker->marked = handle, marker->issued = stream->issued;
+  return 0;
+}
+int cuEventSynchronize(Handle event) {
+  CALL(" %p", event);
+  CONTEXT;
+  const Object* marker = object(event, EVENT);
+  Object* stream = marker ? object(marker->marked, STREAM) : NULL;
+  return stream ? work_off(stream, marker->issued) : INVALID_HANDLE;
+}
+int cuEventDestroy_v2(Handle event) { CALL(" %p", event); return drop(event, EVENT); }
 int cuStreamIsCapturing(Handle handle, int* status) {
   CALL(" %p", handle);
   const Object* stream = object(handle, STREAM);

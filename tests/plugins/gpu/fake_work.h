@@ -141,13 +141,15 @@ static int run(const Work* work) {
 
 enum { NOT = 0, ACTIVE = 1, INVALID = 2 }; /* a capture, as cuStreamIsCapturing tells */
 typedef struct {
-  enum { GONE, OTHER, FUNCTION, STREAM, GRAPH, EXECUTABLE } kind;
+  enum { GONE, OTHER, FUNCTION, STREAM, GRAPH, EXECUTABLE, EVENT } kind;
   List list; /* what waits in a stream, or what a graph does */
   List record;
   int capture, mode;
   pthread_t by;  /* who began the capture */
   int beside;    /* a stream that the default stream does not wait for */
   int broken;    /* its work failed: so do all later synchronizations */
+  size_t issued, done; /* pieces of work of a stream */
+  Handle marked; /* of an event: a stream, of which it waits for what was issued before it */
 } Object;
 static Object** objects = NULL;
 static size_t object_count = 0;
@@ -196,15 +198,18 @@ static int not_while_capturing(void) {
   return 0;
 }
 
-static int synchronize(Object* stream) {
-  while (stream->list.count && !stream->broken) {
-    List now = stream->list;
-    stream->list = (List){NULL, 0};
-    for (size_t i = 0; i < now.count && !stream->broken; ++i) stream->broken = run(&now.work[i]);
-    empty(&now);
+/* Do a stream's work, as far as the first `issued` pieces. */
+static int work_off(Object* stream, size_t issued) {
+  while (stream->list.count && !stream->broken && stream->done < issued) {
+    const Work work = stream->list.work[0];
+    memmove(stream->list.work, stream->list.work + 1, --stream->list.count * sizeof(Work));
+    ++stream->done;
+    stream->broken = run(&work);
   }
   return stream->broken;
 }
+
+static int synchronize(Object* stream) { return work_off(stream, SIZE_MAX); }
 
 /* A copy that is not of a stream waits for the default stream and those that it waits for. */
 static int synchronize_default(void) {
@@ -219,6 +224,7 @@ static int queue(Handle handle, const List* list) {
   if (!stream) return INVALID_HANDLE;
   if (stream->capture == INVALID) return CAPTURE_INVALIDATED;
   append(stream->capture ? &stream->record : &stream->list, list);
+  stream->issued += stream->capture ? 0 : list->count;
   return 0;
 }
 

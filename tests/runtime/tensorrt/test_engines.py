@@ -257,7 +257,7 @@ def spoil(place: str, value: Any) -> Callable[[dict[str, Any]], bytes]:
         (spoil("facts.hardware", "any"), "expected one of"),
         (spoil("facts.gpu", "a\nb"), "expected a line of text"),
         (spoil("facts.files", {"w.safetensors": "../x"}), "expected a SHA-256"),
-        (spoil("bytes", -1), "expected a number from 0"),
+        (spoil("bytes", -1), "expected a number from 1"),
         (spoil("built", "tomorrow"), "expected a time in UTC"),
         (spoil("contents.operators", [["MambaSsdScan"]]), "expected 3 to 3 items"),
         (spoil("facts.level", 5), "is of another engine: 'step_text-"),

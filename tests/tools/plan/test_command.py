@@ -251,11 +251,11 @@ def test_a_name_that_is_no_text(exported: Callable[..., Path], spoiled: Spoil, c
 def test_a_workspace_that_the_profile_does_not_give(exported: Callable[..., Path], tmp_path: Path, capsys: Out) -> None:
     """TensorRT-RTX then finds no tactic for the plugin, and does not say why."""
     small = tmp_path / "small.json"
-    small.write_text('{"workspace": 1}')
-    (finding,) = planned(capsys, exported("mdm-tiny"), "--graph", "step_text", "--profile", str(small), code=2)[
-        "findings"
-    ]
-    assert finding["message"] == "the plugins want a workspace of 1574400 bytes\nthe profile gives 1048576"
+    small.write_text('{"workspace": 1, "batch": [1, 1, 32]}')
+    bundle = exported("dim", mixer="mamba2", state=128, head=32, image_size=96, patch=4, width=32)
+    words = ("--graph", "step_image", "--profile", str(small))
+    (finding,) = planned(capsys, bundle, *words, code=2)["findings"]
+    assert finding["message"] == "the plugins want a workspace of 2097664 bytes\nthe profile gives 1048576"
 
 
 @pytest.mark.parametrize(

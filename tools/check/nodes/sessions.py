@@ -72,7 +72,7 @@ class BuiltSession:
         sizes = {name: array for name, array in feeds.items() if array.dtype.kind == "i" and array.ndim < 2}
         feeds = {name: array for name, array in feeds.items() if name not in sizes}
         shapes = tuple((name, array.shape) for name, array in feeds.items())
-        key = shapes, tuple((name, *array.ravel()) for name, array in sizes.items())
+        key = shapes, tuple((name, array.shape, *array.ravel()) for name, array in sizes.items())
         if key not in self.engines:
             self.engines[key] = self.build(shapes, sizes)
         engine, gpu = self.engines[key], self.library.gpu
