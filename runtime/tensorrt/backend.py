@@ -81,8 +81,11 @@ class TensorRtBackend:
     def load(self, opened: tuple[Path, Record, mmap] | None, name: str) -> TensorRtGraph:
         # None: it was there a moment ago, and had to go.
         path, record, plan = opened or open_engine(self.bundle, name, self.library.place, self.profile)
-        with plan:
-            made = self.library.deserialize(plan, record.operators, record.carries_code)
+        try:
+            with plan:
+                made = self.library.deserialize(plan, record.operators, record.carries_code)
+        except EngineError as error:
+            raise EngineError(f"engine '{path}': {error}\nbuild it again: mdm build --force") from error
         if record.stripped:
             self.refit(made, name)
         if record.streams:

@@ -21,7 +21,9 @@ class Library:
     def __init__(self, device: int = 0) -> None:
         self.trt = tensorrt_module(lean=True)
         self.gpu = Gpu(device)
-        self.place = place_of(self.trt.__version__, self.gpu.device)
+        # A lean runtime runs what is version-compatible alone: it is no builder's version.
+        version, name = self.trt.__version__, self.trt.__name__
+        self.place = place_of(version if name == "tensorrt" else f"{version} ({name})", self.gpu.device)
         self.log = make_log(self.trt)
         with self.gpu.mine():
             try:

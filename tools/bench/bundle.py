@@ -111,11 +111,12 @@ class Deployed:
         while scheduler.busy:
             start, before = time.perf_counter(), job.done
             ended = scheduler.tick()
-            took, made = time.perf_counter() - start, job.done - before
-            steps += [took / made] * made  # of steps that were one run each has the same share
+            took = time.perf_counter() - start
             for ticket in ended:
                 if ticket.error is not None:
                     raise ticket.error
+            made = job.done - before
+            steps += [took / made] * made  # of steps that were one run each has the same share
         busy = self.backend.busy - busy
         start = time.perf_counter()
         for one, ticket in zip(prepared, tickets, strict=True):

@@ -115,6 +115,7 @@ def test_a_node_that_tensorrt_computes_wrongly_is_found_and_placed(built: Built,
     (divergence,) = report["divergences"]
     assert (divergence["graph"], divergence["node"], divergence["op"]) == (GRAPH, NODE, "MatMul")
     assert divergence["error"] == pytest.approx(0.01, rel=1)
+    assert divergence["reproduce"].endswith(f"divergence/{GRAPH} --backend tensorrt")
     alone = ("check", "--replay", tmp_path / "report" / "divergence" / GRAPH)
     again = built.told(*alone, *ON, code=1, PYTHONPATH=wrong)
     assert again["rms"] == pytest.approx(divergence["error"], rel=1e-3)

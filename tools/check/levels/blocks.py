@@ -7,7 +7,7 @@ exporter can tell them apart. Then the bundle's graph on its backend with the bl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -26,6 +26,7 @@ from mdm.tools.check.report import BlockErrors, Divergence
 from mdm.tools.check.standards.live import ReferenceStandard, words_of
 
 LEVEL = "blocks"
+DEFAULT = "ort-cpu"  # of mdm check
 # Of graph and model, both in float64. What stays is the graph's constants, kept in float32: the frequencies of time
 # alone bring 1e-6.
 SAME = Limits(1e-5, 1e-5, "both in float64")
@@ -57,6 +58,9 @@ class Placer:
             except MdmError as error:
                 yield Finding(LEVEL, graph, "nodes", case, Verdict.FAIL, " ".join(str(error).split()))
                 return
+            name = self.standard.model.backend.name
+            if divergence and divergence.reproduce and name != DEFAULT:  # elsewhere it may be right
+                divergence = replace(divergence, reproduce=f"{divergence.reproduce} --backend {name}")
             yield in_one_line(graph, case, errors, divergence)
             if divergence or seed == self.standard.seeds[0]:
                 yield errors

@@ -127,5 +127,6 @@ def write_case(
     save_file({n: np.array(a, order="C") for n, a in arrays.items()}, folder / CASE, about(named, looped))
     (folder / README).write_text(
         f"{said}\n\n{MODEL} holds the node with its weights, {CASE} its inputs (in.*), the true outputs (out.*)\n"
-        f"and how far from them an output may be. To run it again:\n\n    mdm check --replay {folder.name}\n"
+        "and how far from them an output may be. To run it again,\n"
+        f"on another backend than ort-cpu with --backend NAME:\n\n    mdm check --replay {folder.name}\n"
     )
