@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -12,7 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mdm.plugins.contract import DOMAIN, SCANS, SHORT_CONV
+from mdm.plugins.errors import InputError
 from mdm.tools.options import FILE, json_option, print_json
+
+if TYPE_CHECKING:
+    from mdm.runtime.bundle import Bundle
 
 
 @click.command("inspect")
@@ -20,18 +25,21 @@ from mdm.tools.options import FILE, json_option, print_json
 @click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
 @json_option
 def command(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Show a bundle's tasks, graphs, shapes, weights, sampler and where it comes from."""
+    """Show a bundle's tasks, graphs, shapes, weights, sampler, where it comes from, and what mdm build made of it."""
     from mdm.runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
     if verify:
         opened.verify()
+    built = list(engines(opened))
     if as_json:
-        print_json(opened.manifest | {"verified": verify, "extra_files": opened.extra_files()})
+        print_json(opened.manifest | {"verified": verify, "extra_files": opened.extra_files(), "engines": built})
         return
     console = Console()
     for table in (facts(opened.manifest), tasks(opened.manifest), graphs(opened.manifest)):
         console.print(table)
+    for part in engine_tables(built):
+        console.print(part)
     if verify:
         console.print(f"all {len(opened.manifest['files'])} files are the ones the manifest signs")
     if extra := opened.extra_files():
@@ -43,7 +51,7 @@ def shown(text: object) -> Text:
     return Text("".join(c if c.isprintable() else "?" for c in str(text)))
 
 
-def plain_table(*columns: str, title: str) -> Table:
+def plain_table(*columns: str, title: str | None = None) -> Table:
     return Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
 
 
@@ -107,3 +115,39 @@ def graphs(manifest: dict[str, Any]) -> Table:
             f"{manifest['files'][graph['file']]['size'] / 1e3:.0f}", shown(shapes),
         )  # fmt: skip
     return table
+
+
+def engines(bundle: Bundle) -> Iterator[dict[str, Any]]:
+    """What the bundle says of its engines, whoever built them, and whether this user trusts them."""
+    from mdm.runtime.tensorrt.records import known_records, manifests, read_record
+
+    for graph in bundle.manifest["graphs"]:
+        for engine, manifest in manifests(bundle, graph):
+            told: dict[str, Any] = {"graph": graph, "file": engine.name}
+            try:
+                record = read_record(manifest, engine)
+            except InputError as error:
+                yield told | {"wrong": " ".join(str(error).split())}
+            else:
+                trusted = any(map(record.is_of, known_records(engine)))
+                told |= {"for": record.built_for, "profiles": record.profiles, "bytes": record.bytes}
+                yield told | {"built": record.built, "trusted": trusted}
+
+
+def engine_tables(built: list[dict[str, Any]]) -> Iterator[Table | Text]:
+    """One for each machine that they are for."""
+    for place in dict.fromkeys(one["for"] for one in built if "for" in one):
+        yield Text("\n") + shown(f"TensorRT engines for {place}")  # a table's title is broken at its width
+        table = plain_table("graph", "profiles", "MB", "built", "trusted here")
+        for one in built:
+            if one.get("for") == place:
+                size, day, trusted = f"{one['bytes'] / 1e6:.1f}", one["built"][:10], "yes" if one["trusted"] else "no"
+                table.add_row(shown(one["graph"]), shown(", ".join(one["profiles"])), size, day, trusted)
+        yield table
+    if any("wrong" in one for one in built):
+        yield Text("\nTensorRT engines that cannot be used")
+        table = plain_table("graph", "what is wrong")
+        for one in built:
+            if "wrong" in one:
+                table.add_row(shown(one["graph"]), shown(one["wrong"]))
+        yield table

@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 Shapes = tuple[tuple[str, Shape], ...]  # of all inputs
 Addresses = Mapping[str, int]  # of all inputs and outputs
 
-MOST_FITTED = 8  # contexts that are shared: each takes some MB of this side's memory
+MOST_CONTEXTS = 32  # that are shared, and of captures: each takes some MB of this side's memory
 MOST_CAPTURED = 256  # evaluations in captures of an engine: one of a large model has 1500 launches, some 1.5 MB
 MOST_FAILURES = 3  # captures in a row that fail, before none is tried any more
 
@@ -104,7 +104,7 @@ class Engine:
     def fit(self, shapes: Shapes) -> Fitted:
         """A context for these shapes."""
         if shapes not in self._fitted:
-            if len(self._fitted) == MOST_FITTED:
+            if len(self._fitted) == MOST_CONTEXTS:
                 self.gpu.wait(self.gpu.mark())
                 self._fitted.popitem(last=False)
             self._fitted[shapes] = Fitted(self.library, self.made, self.profile_for(shapes), shapes)
@@ -113,7 +113,9 @@ class Engine:
 
     def _capture(self, run: Run) -> Capture | None:
         """None where TensorRT or a plugin does what cannot be captured."""
-        while self.captured and len(run.chain) + self._steps_captured() > MOST_CAPTURED:
+        while self.captured and (
+            len(run.chain) + self._steps_captured() > MOST_CAPTURED or len(self.captured) >= MOST_CONTEXTS
+        ):
             oldest = next(iter(self.captured))
             del self.captured[oldest]
             oldest.ran = False  # it is to come twice again

@@ -79,7 +79,7 @@ def manifest_hash(bundle: Path) -> str:
 def test_json_is_the_manifest(sound: Path, capsys: Out) -> None:
     assert main(["inspect", str(sound), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown.pop("verified"), shown.pop("extra_files")) == (False, [])
+    assert (shown.pop("verified"), shown.pop("extra_files"), shown.pop("engines")) == (False, [], [])
     assert shown == json.loads((sound / "manifest.json").read_text())
 
 
@@ -191,3 +191,40 @@ def test_a_strange_file_name_is_shown_as_it_is(name: str, bundle: Path, capsys: 
     assert not any(line.startswith("all 45 files") for line in out.splitlines())
     if name.startswith("["):
         assert f"never read: {name}/b]" in out
+
+
+def test_engines_are_listed(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    """By the machine they are for; one that this user built, a stranger's, and one whose manifest is broken."""
+    from mdm.runtime.tensorrt.facts import Options, facts_of
+    from mdm.runtime.tensorrt.profiles import PROFILES
+    from mdm.runtime.tensorrt.records import Record, engine_path, manifest_path, record_path
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    opened = open_bundle(bundle)
+    (bundle / "engines").mkdir()
+    for graph, gpu, trusted in (
+        ("step_text", "NVIDIA H200", True), ("step_joint", "NVIDIA H200", False), ("step_image", "\x1b[31mL4", False)
+    ):  # fmt: skip
+        place = {"gpu": gpu, "tensorrt": "11.4.0.106", "platform": "linux x86_64"}
+        facts = facts_of(opened, graph, [PROFILES["edge"], PROFILES["latency"]], Options(), place)
+        path = engine_path(opened, facts)
+        path.write_bytes(b"an engine")
+        contents = {"layers": 9, "plugins": 2, "operators": []}
+        record = Record.of_engine(path, facts, 1.5, "2026-01-31T12:00:00.000Z", contents)
+        record.write(manifest_path(path))
+        if trusted:
+            record.write(record_path(path, record.sha256))
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    told = {one["graph"]: one for one in json.loads(capsys.readouterr().out)["engines"]}
+    assert {graph: one.get("trusted") for graph, one in told.items()} == {
+        "step_text": True, "step_joint": False, "step_image": None
+    }  # fmt: skip
+    assert (told["step_text"]["profiles"], told["step_text"]["bytes"]) == (["edge", "latency"], 9)
+    assert main(["inspect", str(bundle)]) == 0
+    text = capsys.readouterr().out
+    assert "TensorRT engines for NVIDIA H200, TensorRT 11.4.0.106 on linux x86_64" in text
+    rows = [line.split() for line in text.split("TensorRT engines")[1].splitlines()]
+    assert ["step_text", "edge,", "latency", "0.0", "2026-01-31", "yes"] in rows
+    assert ["step_joint", "edge,", "latency", "0.0", "2026-01-31", "no"] in rows
+    assert "expected a line of text" in text.split("cannot be used")[1]
+    assert "\x1b[31m" not in text

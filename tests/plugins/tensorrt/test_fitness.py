@@ -115,9 +115,8 @@ def test_without_plugins_the_bodies_build(models: dict[str, Path], name: str, in
     hold(whole, in_rig(whole, plugins=False), False)
 
 
-@pytest.mark.parametrize(
-    ("preset", "precision"), [("dim-huge-512", "fp16"), ("mdm-49x2048", "bf16"), ("mdm-tiny", "fp32")]
-)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("preset", ["dim-huge-512", "mdm-49x2048", "mdm-tiny"])
 def test_three_blocks_of_real_width_build(preset: str, precision: str, in_rig: InRig, tmp_path: Path) -> None:
     fields = {**PRESETS[preset], "blocks": 3} | ({"vocabulary": 40} if PRESETS[preset]["family"] == "mdm" else {})
     bundle = exported(write_model(tmp_path / "model", fields), tmp_path / "bundle", precision)

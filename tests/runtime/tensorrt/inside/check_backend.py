@@ -299,7 +299,7 @@ def test_options_of_other_backends(built: Path) -> None:
 
 def test_memory_does_not_grow_and_all_of_it_comes_back(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over many runs and changes of shape, with few contexts kept; and when the pipeline goes."""
-    monkeypatch.setattr(engine_module, "MOST_FITTED", 2)
+    monkeypatch.setattr(engine_module, "MOST_CONTEXTS", 2)
     monkeypatch.setattr(engine_module, "MOST_CAPTURED", 7)
     gc.collect()
     other = on_gpu(built)  # whose GPU tells what is in use
