@@ -83,8 +83,10 @@ def make_log(trt: Any) -> Any:
             self.said = ""
 
         def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.Severity.WARNING:  # that CUDA does not start is no more to it
-                self.said = " ".join(text.split())[:SAID]
+            worse, said = severity <= trt.ILogger.Severity.ERROR, " ".join(text.split())[:SAID]
+            # That CUDA does not start is but a warning to it; later ones are not to hide an error.
+            if worse or (severity <= trt.ILogger.Severity.WARNING and not self.said):
+                self.said = said
 
         def take(self) -> str:
             said, self.said = self.said, ""

@@ -265,6 +265,24 @@ def test_ctrl_c_in_a_plugin_is_ctrl_c(built: Path, monkeypatch: pytest.MonkeyPat
     same(ours.joint(seed=1, steps=2), load(built, threads=1).joint(seed=1, steps=2))
 
 
+def test_the_log_keeps_what_matters() -> None:
+    import tensorrt as trt
+
+    from mdm.runtime.tensorrt.library import make_log
+
+    log, level = make_log(trt), trt.ILogger.Severity
+    log.take()
+    for told, expected in (
+        ([(level.INFO, "a"), (level.VERBOSE, "b")], ""),
+        ([(level.WARNING, "no CUDA"), (level.INFO, "b"), (level.WARNING, "c")], "no CUDA"),
+        ([(level.WARNING, "a"), (level.ERROR, "this\n is it"), (level.WARNING, "c")], "this is it"),
+        ([(level.ERROR, "a"), (level.INTERNAL_ERROR, "worse")], "worse"),
+    ):
+        for severity, text in told:
+            log.log(severity, text)
+        assert (log.take(), log.take()) == (expected, "")
+
+
 def test_a_plugin_that_is_not_there(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our words, before TensorRT fails without any."""
     build(own, ("step_text",))
