@@ -62,7 +62,8 @@ def test_the_table_has_a_line_a_model_and_one_of_aims(capsys: Out) -> None:
 def test_what_misses_its_aim_is_told() -> None:
     times = {"p50": 0.5, "p90": 0.6, "p99": 0.7, "least": 0.4, "count": 9}
     row = {
-        "preset": "dim-large", "tokens": 256, "blocks": 49, "seconds": {"runtime": times, "products": times},
+        "preset": "dim-large", "tokens": 256, "blocks": 49, "engine": "ONNX Runtime",
+        "seconds": {"runtime": times, "products": times},
         "ratios": {"runtime_over_products": 1.25, "python_over_runtime": 0.02},
         "operators": {"MatMul": 0.7, "Conv": 0.3},
     }  # fmt: skip

@@ -22,17 +22,16 @@ from mdm.runtime.ort import OrtBackend
 from mdm.tools.check.finding import Array, Finding, Verdict, worst_of
 from mdm.tools.check.levels import operators
 from mdm.tools.check.levels.operators import (
-    BODY,
     LONG,
     WORK,
     cases_of,
     check_operators,
     convolution,
-    parts_of,
     recurrence,
     rounded,
 )  # fmt: skip
 from mdm.tools.check.limits import Multiples
+from mdm.tools.check.nodes.sessions import BODY, forms_on
 
 MULTIPLES = Multiples()
 # Mamba-2 with groups and a mask; Mamba-1; and the first in half precision.
@@ -138,7 +137,7 @@ CONV_FAULTS: dict[str, tuple[str, Callable[[Array], Array]]] = {
 def test_a_fault_of_the_backend_fails(operator: str, fault: str, bundle: Callable[[str], Path]) -> None:
     backend = Faulty(bundle("ssd"), operator, *(FAULTS | CONV_FAULTS)[fault])
     found = list(check_operators(backend, MULTIPLES, [0]))
-    first, *others = parts_of(backend, operators.subjects_of(backend.bundle)[0])
+    first, *others = forms_on(backend, operators.subjects_of(backend.bundle)[0].used, has_body=True)
     its = [one for one in found if one.subject.startswith(operator)]
     assert verdicts(its) == {first: Verdict.FAIL, **dict.fromkeys(others, Verdict.PASS)}
     assert {one.verdict for one in found if one not in its} == {Verdict.PASS}
