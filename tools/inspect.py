@@ -31,7 +31,7 @@ def command(bundle: Path, verify: bool, as_json: bool) -> None:
     opened = open_bundle(bundle)
     if verify:
         opened.verify()
-    built = list(engines(opened))
+    built = list(engines(opened, verify))
     if as_json:
         print_json(opened.manifest | {"verified": verify, "extra_files": opened.extra_files(), "engines": built})
         return
@@ -117,8 +117,9 @@ def graphs(manifest: dict[str, Any]) -> Table:
     return table
 
 
-def engines(bundle: Bundle) -> Iterator[dict[str, Any]]:
-    """What the bundle says of its engines, whoever built them, and whether this user trusts them."""
+def engines(bundle: Bundle, verify: bool) -> Iterator[dict[str, Any]]:
+    """What the bundle says of its engines, whoever built them, and whether this user trusts them. `verify`: each is
+    the file that was built."""
     from mdm.runtime.tensorrt.records import known_records, manifests, read_record
 
     for graph in bundle.manifest["graphs"]:
@@ -126,23 +127,26 @@ def engines(bundle: Bundle) -> Iterator[dict[str, Any]]:
             told: dict[str, Any] = {"graph": graph, "file": engine.name}
             try:
                 record = read_record(manifest, engine)
+                if verify:
+                    record.check_engine(engine)
             except InputError as error:
                 yield told | {"wrong": " ".join(str(error).split())}
             else:
                 trusted = any(map(record.is_of, known_records(engine)))
                 told |= {"for": record.built_for, "profiles": record.profiles, "bytes": record.bytes}
-                yield told | {"built": record.built, "trusted": trusted}
+                yield told | {"how": record.how, "built": record.built, "trusted": trusted}
 
 
 def engine_tables(built: list[dict[str, Any]]) -> Iterator[Table | Text]:
     """One for each machine that they are for."""
     for place in dict.fromkeys(one["for"] for one in built if "for" in one):
         yield Text("\n") + shown(f"TensorRT engines for {place}")  # a table's title is broken at its width
-        table = plain_table("graph", "profiles", "MB", "built", "trusted here")
+        table = plain_table("graph", "profiles", "how", "MB", "built", "trusted here")
         for one in built:
             if one.get("for") == place:
                 size, day, trusted = f"{one['bytes'] / 1e6:.1f}", one["built"][:10], "yes" if one["trusted"] else "no"
-                table.add_row(shown(one["graph"]), shown(", ".join(one["profiles"])), size, day, trusted)
+                words = (shown(", ".join(words) or "-") for words in (one["profiles"], one["how"]))
+                table.add_row(shown(one["graph"]), *words, size, day, trusted)
         yield table
     if any("wrong" in one for one in built):
         yield Text("\nTensorRT engines that cannot be used")

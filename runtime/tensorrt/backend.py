@@ -20,10 +20,11 @@ from mdm.runtime.bundle import Bundle
 from mdm.runtime.json_schema import told
 from mdm.runtime.shelf import Shelf
 from mdm.runtime.tensorrt.engine import Engine
-from mdm.runtime.tensorrt.engines import engines_for, open_engine
+from mdm.runtime.tensorrt.engines import build_command, engines_for, open_engine
 from mdm.runtime.tensorrt.gpu import GpuBuffer
 from mdm.runtime.tensorrt.graph import TensorRtGraph
 from mdm.runtime.tensorrt.library import Library
+from mdm.runtime.tensorrt.profiles import profile_name
 from mdm.runtime.tensorrt.records import Record, manifests
 
 LONGEST = 1024  # steps of a loop: more than any sampler has
@@ -45,7 +46,8 @@ class TensorRtBackend:
     ) -> None:
         """`memory`: bytes of engines together, and of the weights of one that streams them; `profile`: engines that
         were built with it, else the newest; `captures`: runs that come again become CUDA graphs."""
-        self.bundle, self.memory, self.profile, self.captures = bundle, memory, profile, captures
+        self.bundle, self.memory, self.captures = bundle, memory, captures
+        self.profile = None if profile is None else profile_name(profile)
         self.library = Library(device)
         self.gpu = self.library.gpu
         self.shelf: Shelf[TensorRtGraph] = Shelf(memory)
@@ -62,7 +64,7 @@ class TensorRtBackend:
 
     def lacks(self, name: str) -> str:
         if self.bundle.graph(name)["role"] == "denoise" and not any(manifests(self.bundle, name)):
-            return f"no engine was built of it, and no task needs it: mdm build --graph {name}"
+            return f"no engine was built of it, and no task needs it: {build_command(self.bundle)} --graph {name}"
         return ""
 
     def size_of(self, name: str) -> int:
@@ -81,11 +83,12 @@ class TensorRtBackend:
     def load(self, opened: tuple[Path, Record, mmap] | None, name: str) -> TensorRtGraph:
         # None: it was there a moment ago, and had to go.
         path, record, plan = opened or open_engine(self.bundle, name, self.library.place, self.profile)
+        again = f"{build_command(self.bundle)} --graph {name} --force"
         try:
             with plan:
                 made = self.library.deserialize(plan, record.operators, record.carries_code)
         except EngineError as error:
-            raise EngineError(f"engine '{path}': {error}\nbuild it again: mdm build --force") from error
+            raise EngineError(f"engine '{path}': {error}\nbuild it again: {again}") from error
         if record.stripped:
             self.refit(made, name)
         if record.streams:
@@ -94,7 +97,7 @@ class TensorRtBackend:
         engine = Engine(name, self.library, made, self.captures)
         described = self.bundle.graph(name)
         inputs, outputs = specs_of(described["inputs"]), specs_of(described["outputs"])
-        check_tensors(engine, {**inputs, **outputs}, path)
+        check_tensors(engine, {**inputs, **outputs}, f"engine '{path}'", f"build it again: {again}")
         return TensorRtGraph(engine, inputs, outputs, self.size_in(record, name))
 
     def refit(self, made: Any, name: str) -> None:
@@ -120,7 +123,7 @@ class TensorRtBackend:
         self.gpu.wait(self.gpu.mark())
 
 
-def check_tensors(engine: Engine, specs: dict[str, Spec], path: Path) -> None:
+def check_tensors(engine: Engine, specs: dict[str, Spec], what: str, remedy: str) -> None:
     """The engine has the inputs and outputs that the manifest says."""
     said = {
         name: (spec.dtype.name, tuple(size if isinstance(size, int) else -1 for size in spec.shape))
@@ -130,7 +133,7 @@ def check_tensors(engine: Engine, specs: dict[str, Spec], path: Path) -> None:
     if found != said:
         name = next(n for n in (*said, *found) if said.get(n) != found.get(n))
         raise InputError(
-            f"engine '{path}' is not what the bundle's manifest says\n"
+            f"{what} is not what the bundle's manifest says\n"
             f"{told(name)} is {told(found.get(name))}, the manifest has {told(said.get(name))}\n"
-            "build it again: mdm build --force"
+            f"{remedy}"
         )

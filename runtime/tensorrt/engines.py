@@ -1,7 +1,7 @@
 """Finds the engine of a bundle's graph that this machine can run.
 
     place = place_of(tensorrt.__version__, device)
-    path, record = find_engine(bundle, "step_text", place)
+    path, record, content = open_engine(bundle, "step_text", place)
 
 It has to be built from this bundle's files, for this TensorRT, GPU and platform, and it has to be trusted: see
 records.py. Of several the newest is taken.
@@ -63,19 +63,11 @@ def _fits_gpu(built: str, ours: str, hardware: str) -> bool:
     return theirs == here if hardware == "same-capability" else min(theirs, here) >= AMPERE
 
 
-def find_engine(
-    bundle: Bundle, graph: str, place: Mapping[str, str], profile: str | None = None
-) -> tuple[Path, Record]:
-    """The engine's file, and what is known of it. `profile`: it has one of this name."""
-    path, record, content = open_engine(bundle, graph, place, profile)
-    content.close()
-    return path, record
-
-
 def open_engine(
     bundle: Bundle, graph: str, place: Mapping[str, str], profile: str | None = None
 ) -> tuple[Path, Record, mmap.mmap]:
-    """The same, with the file's content in memory, which is the one that was trusted."""
+    """The engine's file, what is known of it, and its content in memory, which is the one that was trusted. `profile`:
+    it has one of this name."""
     wrong = []
     for path, record in engines_for(bundle, graph, place, profile):
         try:
@@ -84,7 +76,7 @@ def open_engine(
             wrong.append(_in_one_line(error))
     raise InputError(
         f"the engine of {_subject(bundle, graph)} is not the file that was built\n{wrong[0]}\n"
-        f"run: {_build(bundle)} --graph {graph}"
+        f"run: {build_command(bundle)} --graph {graph}"
     )
 
 
@@ -93,14 +85,17 @@ def engines_for(
 ) -> list[tuple[Path, Record]]:
     """Those to choose from, the newest first, by what is known of them: one at least."""
     bundle.graph(graph)
-    build, subject = _build(bundle), _subject(bundle, graph)
+    build, subject = build_command(bundle), _subject(bundle, graph)
+    if profile is not None:
+        build += f" --profile {shlex.quote(profile)}"
     found, passed_over = _read(bundle, graph)
 
     def refuse(wrong: str, remedy: str = f"run: {build}") -> InputError:
         return InputError("\n".join([wrong, *passed_over[:1], remedy]))
 
     if not found:
-        raise refuse(f"{subject} has no engine", f"run: {build} --graph {graph}")
+        others = any(any(manifests(bundle, name)) for name in bundle.manifest["graphs"])
+        raise refuse(f"{subject} has no engine", f"run: {build}{f' --graph {graph}' if others else ''}")
     ours = [(path, record) for path, record in found if _is_of(record, bundle, graph)]
     if not ours:
         raise refuse(f"the engine of {subject} was built from another graph, other weights or other kernels")
@@ -111,18 +106,17 @@ def engines_for(
     asked = [(path, record) for path, record in here if profile in (None, *record.profiles)]
     if not asked:
         there = ", ".join(sorted({name for _, record in here for name in record.profiles}))
-        raise refuse(f"no engine of {subject} has the profile '{profile}', only: {there}",
-                     f"run: {build} --profile {shlex.quote(str(profile))}")  # fmt: skip
+        raise refuse(f"no engine of {subject} has the profile '{profile}', only: {there}")
     trusted = [(path, record) for path, record in asked if any(map(record.is_of, known_records(path)))]
     if not trusted:
         raise refuse(
             f"the engine of {subject} was not built here, and TensorRT runs whatever is in one",
-            f"if you trust whoever made it, run: {build} --trust; else: {build}",
+            f"if you trust whoever made it, run: {build_command(bundle)} --trust; else: {build}",
         )
     return trusted
 
 
-def _build(bundle: Bundle) -> str:
+def build_command(bundle: Bundle) -> str:
     return f"mdm build {shlex.quote(str(bundle.path))}"
 
 

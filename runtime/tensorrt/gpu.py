@@ -1,7 +1,8 @@
 """One GPU as the backend uses it: memory, one stream, and captures of what is put on that stream.
 
-Everything happens in the order of the stream; only `wait` and `pull` wait. One thread at a time has the GPU, so what
-another thread does is never caught in a capture. Memory is given back between runs, not when Python happens to drop it.
+Everything happens in the order of the stream. `wait` and `pull` wait, and so does what frees memory. One thread at a
+time has the GPU, so what another thread does is never caught in a capture. Memory is given back between runs, not when
+Python happens to drop it.
 """
 
 from __future__ import annotations

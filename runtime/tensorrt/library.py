@@ -61,7 +61,7 @@ class Library:
             if self.trt.get_plugin_registry().get_creator(name, version, namespace) is None:
                 raise EnvironmentLackError(
                     f"the engine wants the plugin {name} version {version} of '{namespace}', which is not here\n"
-                    "it was built by another mdm-deploy: build it again with mdm build --force"
+                    "it was built by another mdm-deploy: mdm build BUNDLE --force"
                 )
 
     def failed(self, what: str) -> EngineError:

@@ -62,10 +62,15 @@ def find_profiles(names: Sequence[str]) -> list[Profile]:
     return profiles
 
 
+def profile_name(name: str) -> str:
+    """As an engine has it: a file's is its own without folder and ending."""
+    return Path(name).stem if name.endswith(".json") else name
+
+
 def find_profile(name: str) -> Profile:
     """One of PROFILES, or what a JSON file says, what it leaves out being as in "latency":
 
-    {"batch": [1, 4, 8], "text": [64, 128], "workspace": 1024, "level": 3}         workspace in MiB
+    {"batch": [1, 4, 8], "text": [8, 20], "workspace": 1024, "level": 3}         workspace in MiB
     """
     if name in PROFILES:
         return PROFILES[name]
@@ -94,7 +99,7 @@ def _profile(path: Path, fields: Any) -> Profile:
     level = fields.get("level", usual.level)
     if type(level) is not int or not 0 <= level <= 5:
         raise InputError(f"profile '{path}': 'level' is {told(level)}, expected 0 to 5")
-    return Profile(path.stem, Span(*batch), tuple(sorted(texts)), workspace * MIB, level)
+    return Profile(profile_name(str(path)), Span(*batch), tuple(sorted(texts)), workspace * MIB, level)
 
 
 def _numbers(path: Path, name: str, found: Any, most: int) -> list[int]:
@@ -161,6 +166,7 @@ def _texts(graph: str, lengths: list[int], profile: Profile) -> list[int]:
     if unknown:
         raise InputError(
             f"profile '{profile.name}' asks for texts of {', '.join(map(str, unknown))} tokens, for graph '{graph}'\n"
-            f"the model has {', '.join(map(str, sorted(lengths)))}"
+            f"the model has {', '.join(map(str, sorted(lengths)))}\n"
+            'write some of these as its "text", or leave that out'
         )
     return sorted(profile.texts or lengths)

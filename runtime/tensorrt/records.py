@@ -125,6 +125,17 @@ class Record:
         return bool(self.facts["version_compatible"])
 
     @property
+    def how(self) -> list[str]:
+        """What was asked of the build beside profiles, as mdm build has it."""
+        flags = ("refit", "strip", "stream_weights", "version_compatible", "library")
+        hardware = f"hardware {self.facts['hardware']}"
+        bodies = not self.facts["kernels"] and not self.facts["library"]
+        return [
+            *(flag.replace("_", "-") for flag in flags if self.facts[flag]), *["bodies"] * bodies,
+            *[hardware] * (self.facts["hardware"] != "this"),
+        ]  # fmt: skip
+
+    @property
     def built_for(self) -> str:
         return f"{self.facts['gpu']}, TensorRT {self.facts['tensorrt']} on {self.facts['platform']}"
 

@@ -201,10 +201,11 @@ def test_a_report_of_tensorrt_for_people_and_its_picture(built: Built, tmp_path:
     ("words", "said"),
     [
         (("--profile", "edge"), f"no engine of graph '{GRAPH}' of bundle '"),
+        (("--batch", "6"), f"--batch is 6, and the engine of '{GRAPH}' takes 4 samples at most"),
         (("--memory", "10KB"), f"graph '{GRAPH}' takes about 0 MB of memory, the limit is 0 MB"),
     ],
 )
 def test_why_tensorrt_does_not_run_is_told(words: tuple[str, ...], said: str, built: Built) -> None:
     run = built.mdm("bench", built.bundle, "--backend", "tensorrt", *words)
     assert run.stderr.splitlines()[1].startswith(f"Error: {said}"), run.stderr
-    assert run.returncode == (2 if "--profile" in words else 3)
+    assert run.returncode == (3 if "--memory" in words else 2)

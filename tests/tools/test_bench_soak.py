@@ -76,7 +76,7 @@ def test_for_people(built: Built) -> None:
     assert lines[0] == "captured against not captured, 1 tasks, 5 steps: equal to the bit"
     assert lines[1].startswith("1 runs of class_to_image: ")
     assert lines[2].startswith("4 changes of task and batch: ")
-    assert [line.endswith("MB here; no growth") for line in lines[1:3]] == [True, True]
+    assert [line.endswith("; it does not grow") for line in lines[1:3]] == [True, True]
     assert lines[3:] == ["PASS"]
     assert run.stderr.splitlines() == [
         "captured against not captured", "1 runs of class_to_image", "4 changes among 4 shapes",

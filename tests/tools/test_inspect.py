@@ -206,7 +206,8 @@ def test_engines_are_listed(bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("step_text", "NVIDIA H200", True), ("step_joint", "NVIDIA H200", False), ("step_image", "\x1b[31mL4", False)
     ):  # fmt: skip
         place = {"gpu": gpu, "tensorrt": "11.4.0.106", "platform": "linux x86_64"}
-        facts = facts_of(opened, graph, [PROFILES["edge"], PROFILES["latency"]], Options(), place)
+        options = Options(strip=True, bodies=True) if graph == "step_joint" else Options()
+        facts = facts_of(opened, graph, [PROFILES["edge"], PROFILES["latency"]], options, place)
         path = engine_path(opened, facts)
         path.write_bytes(b"an engine")
         contents = {"layers": 9, "plugins": 2, "operators": []}
@@ -224,7 +225,10 @@ def test_engines_are_listed(bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     text = capsys.readouterr().out
     assert "TensorRT engines for NVIDIA H200, TensorRT 11.4.0.106 on linux x86_64" in text
     rows = [line.split() for line in text.split("TensorRT engines")[1].splitlines()]
-    assert ["step_text", "edge,", "latency", "0.0", "2026-01-31", "yes"] in rows
-    assert ["step_joint", "edge,", "latency", "0.0", "2026-01-31", "no"] in rows
+    assert ["step_text", "edge,", "latency", "-", "0.0", "2026-01-31", "yes"] in rows
+    assert ["step_joint", "edge,", "latency", "strip,", "bodies", "0.0", "2026-01-31", "no"] in rows
     assert "expected a line of text" in text.split("cannot be used")[1]
     assert "\x1b[31m" not in text
+    next((bundle / "engines").glob("step_text-*.engine")).write_bytes(b"another's")
+    assert main(["inspect", str(bundle), "--verify"]) == 0
+    assert "step_text-" in capsys.readouterr().out.split("cannot be used")[1]

@@ -94,6 +94,13 @@ class Deployed:
         self.requests = requests_for(self.model, self.task, steps, batch)
         self.lanes = Lanes(self.backend, batch)
         self.runs: list[Run] = []
+        job = self.model.prepare(self.requests[0]).job
+        sizes = self.backend.graph(job.graphs[0]).batches(job.tokens)
+        if sizes and batch > sizes[-1]:
+            raise InputError(
+                f"--batch is {batch}, and the engine of '{job.graphs[0]}' takes {sizes[-1]} samples at most\n"
+                "build one for more: mdm build BUNDLE --profile FILE"
+            )
 
     @property
     def model(self) -> Model:

@@ -181,7 +181,9 @@ def lines_of(report: Report) -> Iterator[str]:
     yield f"captured against not captured, {len(report['tasks'])} tasks, {report['steps']} steps: {same}"
     for name, what in (("runs", f"runs of {report['tasks'][0]}"), ("changes", "changes of task and batch")):
         of, kinds = report[name], {"gpu": "of the GPU", "host": "here"}
-        used = ", ".join(f"{size / 1e6:.0f} MB {kinds[kind]}" for kind, size in of["memory"].items())
-        yield f"{of['count']} {what}: {used}; {'; '.join(grown(of)) or 'no growth'}"
+        used = ", ".join(
+            f"{size / 1e6:.0f} MB {kinds[kind]} ({of['added'][kind] / 1e6:+.2f})" for kind, size in of["memory"].items()
+        )
+        yield f"{of['count']} {what}: {used}; {'; '.join(grown(of)) or 'it does not grow'}"
     yield from report["wrong"]
     yield "FAIL" if report["wrong"] else "PASS"

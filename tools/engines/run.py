@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -93,7 +93,9 @@ def build_engines(
         path = engine_path(bundle, facts)
         known = known_records(path)
         there = None if force else next((record for record in known if is_there(path, record)), None)
-        if there:
+        if there:  # the one asked for last is the one that is run
+            there = replace(there, built=now())
+            save(path, there)
             yield Engine(path, there, new=False)
             continue
         last = known[0].seconds if known else None
@@ -139,12 +141,11 @@ def place_here(options: Options) -> dict[str, str]:
 
 
 def is_there(path: Path, known: Record) -> bool:
-    """The engine that was built, with its manifest beside it."""
+    """The engine that was built."""
     try:
         known.check_engine(path)
     except InputError:
         return False
-    known.write(manifest_path(path))
     return True
 
 

@@ -33,13 +33,13 @@ def command(
     Exit code 0: mdm build has nothing against it; 2: something stops a build, and is named.
     """
     from mdm.runtime.bundle import open_bundle
-    from mdm.runtime.tensorrt.profiles import find_profile
+    from mdm.runtime.tensorrt.profiles import find_profiles
     from mdm.tools.engines.run import graphs_of
     from mdm.tools.plan.plan import make_plan
     from mdm.tools.plan.show import as_values, show
 
     opened = open_bundle(bundle)
-    found = [find_profile(name) for name in profiles]
+    found = find_profiles(profiles)
     plan = make_plan(opened, graphs_of(opened, graphs), found, not bodies)
     names = ", ".join(profile.name for profile in found)
     if as_json:

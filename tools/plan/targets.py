@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from mdm.runtime.tensorrt.versions import PLUGINS_FIRST, version_of
+
 FLOATS = {"float32", "float16", "bfloat16"}
 NUMBERS = FLOATS | {"int32", "int64"}
 ANY = NUMBERS | {"bool"}
@@ -55,9 +57,6 @@ SINCE: Mapping[str, Version] = {
 }  # fmt: skip
 
 LEAST_OPSET = 9  # operators.md of 10.0 and of 10.15
-# Release notes of 10.7: plugins go before local functions now. Before, the parser asked for a function first, and took
-# no plugin for an operator of which the file holds one (issue 4113 of NVIDIA/TensorRT): `mdm build` leaves them out.
-PLUGINS_FIRST = (10, 7)
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _release(release: Release, asked: Asked) -> Verdict:
     if asked.opset > release.opset:
         said = f"the file's opset is {asked.opset}, its notes name those to {release.opset}"
         return Verdict(release.name, "not known", "; ".join(filter(None, (said, note))))
-    if asked.plugins and release.first < PLUGINS_FIRST:
+    if asked.plugins and release.first < version_of(PLUGINS_FIRST):
         note = "; ".join(filter(None, ("by mdm build: trtexec takes the bodies there", note)))
     return Verdict(release.name, "yes", note)
 

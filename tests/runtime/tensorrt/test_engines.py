@@ -16,7 +16,7 @@ import pytest
 from mdm.plugins.errors import InputError
 from mdm.runtime.bundle import Bundle
 from mdm.runtime.tensorrt import engines
-from mdm.runtime.tensorrt.engines import NO_GPU, find_engine, fits, place_of
+from mdm.runtime.tensorrt.engines import NO_GPU, fits, open_engine, place_of
 from mdm.runtime.tensorrt.facts import Options, facts_of, key_of
 from mdm.runtime.tensorrt.profiles import PROFILES
 from mdm.runtime.tensorrt.records import MAX_RECORD, Record, engine_path, manifest_path, read_record, record_path
@@ -69,9 +69,15 @@ def build(bundle: Bundle) -> Build:
     return made
 
 
+def find_engine(*asked: Any) -> tuple[Path, Any]:
+    path, record, content = open_engine(*asked)
+    content.close()
+    return path, record
+
+
 def refusal(bundle: Bundle, **words: Any) -> str:
     with pytest.raises(InputError) as caught:
-        find_engine(bundle, GRAPH, words.pop("place", H200), **words)
+        find_engine(bundle, GRAPH, words.pop("place", H200), *words.values())
     assert len(str(caught.value).splitlines()) <= 3
     return str(caught.value).replace(str(bundle.path), "B")
 
@@ -152,12 +158,14 @@ def test_which_tensorrt_runs_it(build: Build, built: str, ours: str, exact: bool
 
 
 def test_none_is_there(bundle: Bundle, build: Build) -> None:
-    said = f"graph '{GRAPH}' of bundle 'B' has no engine\nrun: mdm build 'B' --graph {GRAPH}"
+    """Nor of another graph: then all that a task needs is to be built."""
+    said = f"graph '{GRAPH}' of bundle 'B' has no engine\nrun: mdm build 'B'"
     assert refusal(bundle) == said
+    assert refusal(bundle, profile="throughput") == f"{said} --profile throughput"
     path, _ = build()
     for suffix in (".engine", ".json"):  # another graph's, whose name only begins as ours
         path.with_suffix(suffix).rename(path.with_name(f"{GRAPH}_guided-{path.stem[-16:]}{suffix}"))
-    assert refusal(bundle) == said
+    assert refusal(bundle) == f"{said} --graph {GRAPH}"
     with pytest.raises(InputError, match="has no graph 'step_txt'"):
         find_engine(bundle, "step_txt", H200)
 

@@ -96,7 +96,7 @@ def test_sound_engines_pass_every_level(built: Built) -> None:
     report = built.told("check", built.bundle, *ON)
     assert (report["verdict"], report["backend"], report["against"]) == ("PASS", "tensorrt", "reference")
     assert not found(report, "FAIL") + found(report, "AMBIGUOUS")
-    why = "no engine was built of it, and no task needs it: mdm build --graph denoise_image"
+    why = f"no engine was built of it, and no task needs it: mdm build {built.bundle} --graph denoise_image"
     assert found(report, "SKIPPED") == [(level, "denoise_image", why) for level in ("files", "steps")]
     assert list(dict.fromkeys(one["level"] for one in report["findings"])) == list(LEVELS)
     forms = {(one["subject"].split()[0], one["part"]) for one in report["findings"] if one["level"] == "operators"}

@@ -23,7 +23,7 @@ from mdm.plugins.errors import InputError
 from mdm.plugins.functions import operator_model
 from mdm.reference import SHIPPED_CHECKPOINT
 from mdm.runtime.bundle import open_bundle, sha256_of
-from mdm.runtime.tensorrt.engines import find_engine, place_of
+from mdm.runtime.tensorrt.engines import open_engine, place_of
 
 from ...plugins.tensorrt.test_cpp_plugin import headers, library
 
@@ -73,7 +73,8 @@ def test_engines_are_built_once(bundle: Path, rig: dict[str, str]) -> None:
     assert made["contents"]["operators"] == [["MambaShortConv", "1", "mdm"], ["MambaSsdScan", "1", "mdm"]]
     assert made["bytes"] == Path(made["file"]).stat().st_size > 1e6
     (again,) = json.loads(build(bundle, rig, *words).stdout)["engines"]
-    assert again == made | {"new": False}
+    assert again == made | {"new": False, "built": again["built"]}
+    assert again["built"] > made["built"]  # the one asked for last is the one that is run
     (forced,) = json.loads(build(bundle, rig, *words, "--force").stdout)["engines"]
     assert (forced["new"], forced["file"]) == (True, made["file"])
     assert forced["built"] > made["built"]
@@ -126,7 +127,7 @@ def test_an_engine_has_several_profiles(bundle: Path, rig: dict[str, str], tmp_p
     assert shapes == [[[1, 8, 16], [1, 20, 16], [1, 20, 16]], [[1, 8, 16], [8, 20, 16], [16, 20, 16]], [[2, 8, 16]] * 3]
     opened = open_bundle(bundle)
     for name in ("edge", "throughput", "mine"):
-        path, record = find_engine(opened, TINY, place_of(made["facts"]["tensorrt"], None), name)
+        path, record, _ = open_engine(opened, TINY, place_of(made["facts"]["tensorrt"], None), name)
         assert (str(path), record.sha256) == (made["file"], made["sha256"])
 
 
@@ -157,7 +158,7 @@ def test_a_trusted_bundle_is_not_built_again(bundle: Path, rig: dict[str, str], 
     cache.rename(tmp_path / "the maker's")
     opened, place = open_bundle(bundle), place_of(trt_version(rig), None)
     with pytest.raises(InputError, match=r"was not built here(.|\n)*--trust"):
-        find_engine(opened, TINY, place)
+        open_engine(opened, TINY, place)
 
     changed = (bundle / "engines" / engines(bundle)[1]).read_bytes()
     (bundle / "engines" / engines(bundle)[1]).write_bytes(changed[:-1] + b"?")
@@ -170,7 +171,7 @@ def test_a_trusted_bundle_is_not_built_again(bundle: Path, rig: dict[str, str], 
     told = build(bundle, rig, "--trust", "--json")
     assert {one["graph"] for one in json.loads(told.stdout)["engines"]} == {TINY, "decode_text"}
     assert "TensorRT will run whatever is in these engines" in build(bundle, rig, "--trust").stderr
-    find_engine(opened, TINY, place)
+    open_engine(opened, TINY, place)
     assert not [
         one["graph"] for one in json.loads(build(bundle, rig, *graphs, "--json").stdout)["engines"] if one["new"]
     ]
