@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from mdm.plugins.errors import EngineError, InputError, ParityError
 from mdm.runtime.model import Model, modalities_of, pictures_of
 from mdm.runtime.words import nearest
-from mdm.tools.check.finding import LEVELS, OF_RUNS, Finding, Verdict
+from mdm.tools.check.finding import LEVELS, OF_RUNS, Finding, Verdict, said_of
 from mdm.tools.check.fingerprint import fingerprint
 from mdm.tools.check.levels.decoded import check_decoded
 from mdm.tools.check.levels.files import check_files
@@ -137,7 +137,7 @@ def as_finding(report: Report, level: str, unit: str) -> Iterator[None]:
     try:
         yield
     except (EngineError, ParityError) as error:
-        add(report, Finding(level, unit, "", "", Verdict.FAIL, " ".join(str(error).split())))
+        add(report, Finding(level, unit, "", "", Verdict.FAIL, said_of(error)))
 
 
 def add(report: Report, item: Item) -> None:

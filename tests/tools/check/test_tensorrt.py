@@ -148,7 +148,7 @@ def test_an_engine_that_is_missing(own: Built) -> None:
     for *_, said in failed:
         assert (
             said
-            == f"graph '{GRAPH}' of bundle '{own.bundle}' has no engine run: mdm build {own.bundle} --graph {GRAPH}"
+            == f"graph '{GRAPH}' of bundle '{own.bundle}' has no engine; run: mdm build {own.bundle} --graph {GRAPH}"
         )
 
 

@@ -16,7 +16,7 @@ from onnx import ModelProto
 from mdm.export.truth import Arrays, points_of
 from mdm.plugins.errors import MdmError
 from mdm.runtime.ort import engine_errors
-from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference
+from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference, said_of
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.nodes.bisect import bisect
 from mdm.tools.check.nodes.sessions import session_on
@@ -56,7 +56,7 @@ class Placer:
             try:
                 errors, divergence = self.bisected(graph, inputs)
             except MdmError as error:
-                yield Finding(LEVEL, graph, "nodes", case, Verdict.FAIL, " ".join(str(error).split()))
+                yield Finding(LEVEL, graph, "nodes", case, Verdict.FAIL, said_of(error))
                 return
             name = self.standard.model.backend.name
             if divergence and divergence.reproduce and name != DEFAULT:  # elsewhere it may be right
