@@ -7,6 +7,12 @@ what is wrong with which thing, what was found and what was expected, what to do
 from __future__ import annotations
 
 
+def in_one_line(error: BaseException) -> str:
+    """Our errors have up to three lines; some places have one."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    return "; ".join(line for line in lines if line).replace(":; ", ": ")
+
+
 class MdmError(Exception):
     """Base of every error that is reported without a traceback."""
 

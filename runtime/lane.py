@@ -1,8 +1,9 @@
 """A lane: samples that are denoised together, because they want the same graph at the same text length.
 
 Each has a slot, a row of every buffer. Inputs that a step replaces have two buffers, which change places after each
-step; so a run copies nothing, and when it fails the state it started from is still there. Where an engine gains by it,
-many steps are one run: then each has a buffer of its own for the solver's rows, and for noise if any is drawn.
+step; so a run copies nothing, and when a run of one step fails the state it started from is still there. Where an
+engine gains by it, many steps are one run, whose failure is everybody's: then each step has a buffer of its own for the
+solver's rows, and for noise if any is drawn.
 
 Letters: n slots in use, L latent tokens, d latent width (for DiM the latents are [C,H,W]), m modalities, R columns.
 """
@@ -178,12 +179,11 @@ class Lane:
             for slot, job in enumerate(self.jobs):
                 if ahead[slot][k][:, NOISE].any():
                     self.noise[k].host[slot] = self.noise_of(job, job.done + k)
-        pushed = [*self.rows[:steps], *(self.noise[:steps] if drawn else [])]
+        pushed = [*self.rows[:steps], *self.noise[: steps * drawn]]
         if self.edited:
-            others = [
-                buffer for name, buffer in self.inputs.items() if name not in ("row", "noise" if drawn else "row")
-            ]
-            pushed += [*others, *(pair[self.turn] for pair in self.pairs.values())]
+            listed = {"row", "noise"} if drawn else {"row"}
+            pushed += [buffer for name, buffer in self.inputs.items() if name not in listed]
+            pushed += [pair[self.turn] for pair in self.pairs.values()]
         for buffer in pushed:
             buffer.push()
         self.edited = False

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mdm.plugins.contract import DOMAIN, SCANS, SHORT_CONV
-from mdm.plugins.errors import InputError
+from mdm.plugins.errors import InputError, in_one_line
 from mdm.tools.options import FILE, json_option, print_json
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def engines(bundle: Bundle, verify: bool) -> Iterator[dict[str, Any]]:
                 if verify:
                     record.check_engine(engine)
             except InputError as error:
-                yield told | {"wrong": " ".join(str(error).split())}
+                yield told | {"wrong": in_one_line(error)}
             else:
                 trusted = any(map(record.is_of, known_records(engine)))
                 told |= {"for": record.built_for, "profiles": record.profiles, "bytes": record.bytes}
@@ -141,7 +141,7 @@ def engine_tables(built: list[dict[str, Any]]) -> Iterator[Table | Text]:
     """One for each machine that they are for."""
     for place in dict.fromkeys(one["for"] for one in built if "for" in one):
         yield Text("\n") + shown(f"TensorRT engines for {place}")  # a table's title is broken at its width
-        table = plain_table("graph", "profiles", "how", "MB", "built", "trusted here")
+        table = plain_table("graph", "profiles", "how", "MB", "asked for", "trusted here")
         for one in built:
             if one.get("for") == place:
                 size, day, trusted = f"{one['bytes'] / 1e6:.1f}", one["built"][:10], "yes" if one["trusted"] else "no"

@@ -21,21 +21,21 @@ from mdm.plugins.gpu.variants import Plan, choose, workspace_limit
 MOST_PLANS = 64  # of a node; making one anew takes microseconds
 
 
-_accidents: list[BaseException] = []  # the last one
+_raised: list[BaseException] = []  # the last that TensorRT's bindings swallowed
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def keeps_error() -> Iterator[None]:
     """What is raised, Ctrl-C too, is kept for whoever asked TensorRT: its bindings swallow it."""
     try:
         yield
     except BaseException as error:
-        _accidents[:] = [error]
+        _raised[:] = [error]
         raise
 
 
-def take_accident() -> BaseException | None:
-    return _accidents.pop() if _accidents else None
+def take_error() -> BaseException | None:
+    return _raised.pop() if _raised else None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,22 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mdm.plugins.errors import EngineError
+from mdm.plugins.gpu.pack import PTX, Entry, Pack
+
+
+def for_inputs(pack: Pack, entry: Entry, inputs: Sequence[str]) -> tuple[str, list[str]]:
+    """The PTX of an entry as TensorRT launches it with these inputs, and the names of its integers. Where an input is
+    absent y's pointer stands: `has` tells the kernel not to follow it."""
+    integers = [argument.name for argument in entry.arguments if argument.kind == "i32"]
+    absent = [a.name for a in entry.arguments if a.kind == "pointer" and a.name not in (*inputs, "y")]
+    text = with_parameters(
+        pack.read(entry, PTX).rstrip(b"\0").decode(),
+        entry.symbol,
+        kernel=[argument.name for argument in entry.arguments],
+        given=[*inputs, *integers, "y"],
+        instead=dict.fromkeys(absent, "y"),
+    )
+    return text, integers
 
 
 def with_parameters(

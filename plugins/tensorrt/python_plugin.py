@@ -20,7 +20,7 @@ import numpy as np
 import tensorrt as trt
 
 from mdm.plugins.contract import DOMAIN, OPERATORS, VERSION, Operator
-from mdm.plugins.tensorrt.node import Described, Node, kept
+from mdm.plugins.tensorrt.node import Described, Node, keeps_error
 
 TYPES = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
 
@@ -75,7 +75,7 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPl
         return self.node.workspace([described(tensor.desc, tensor.max) for tensor in inputs])
 
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        with kept():
+        with keeps_error():
             self.node.prepare([described(tensor) for tensor in inputs])
 
     def destroy(self) -> None:
@@ -96,7 +96,7 @@ class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPl
         workspace: int,
         stream: int,
     ) -> None:
-        with kept():
+        with keeps_error():
             self.node.run([described(tensor) for tensor in input_desc], inputs, outputs[0], workspace, stream)
 
 

@@ -36,7 +36,7 @@ from mdm.plugins.errors import EnvironmentLackError, InputError
 from mdm.plugins.gpu.pack import PTX, SHIPPED, Pack
 from mdm.plugins.gpu.variants import UNIT, Launch, Variant, choose, ssd_variant, ssd_widths
 from mdm.plugins.tensorrt.node import Described, Node
-from mdm.plugins.tensorrt.ptx import with_parameters
+from mdm.plugins.tensorrt.ptx import for_inputs
 from mdm.plugins.tensorrt.python_plugin import TYPES
 
 CAPABILITY = (8, 0)  # of the pack's PTX
@@ -136,16 +136,7 @@ class Quick:
         B, L, *_ = tensors[0].shape_expr
         known = {**launch.numbers, **entry.constants, "B": B, "L": L, "segment": plugins.cdiv(L, UNIT) * UNIT}
 
-        inputs = [spec.name for spec in self.node.inputs]
-        integers = [argument.name for argument in entry.arguments if argument.kind == "i32"]
-        absent = [a.name for a in entry.arguments if a.kind == "pointer" and a.name not in (*inputs, "y")]
-        text = with_parameters(
-            pack.read(entry, PTX).rstrip(b"\0").decode(),
-            entry.symbol,
-            kernel=[argument.name for argument in entry.arguments],
-            given=[*inputs, *integers, "y"],
-            instead=dict.fromkeys(absent, "y"),
-        )
+        text, integers = for_inputs(pack, entry, [spec.name for spec in self.node.inputs])
         grid = [size_in(rule, known, plugins) for rule in entry.grid]
         params = plugins.KernelLaunchParams(*grid, block_x=32 * entry.warps, shared_mem=entry.images[PTX].shared)
         numbers = tuple(plugins.SymInt32(known[name]) for name in integers)

@@ -19,7 +19,7 @@ from mdm.runtime.backend import Buffer, Graph, Spec, specs_of
 from mdm.runtime.bundle import Bundle
 from mdm.runtime.json_schema import told
 from mdm.runtime.shelf import Shelf
-from mdm.runtime.tensorrt.engine import Engine
+from mdm.runtime.tensorrt.engine import MOST_CAPTURED, Engine
 from mdm.runtime.tensorrt.engines import build_command, engines_for, open_engine
 from mdm.runtime.tensorrt.gpu import GpuBuffer
 from mdm.runtime.tensorrt.graph import TensorRtGraph
@@ -27,14 +27,12 @@ from mdm.runtime.tensorrt.library import Library
 from mdm.runtime.tensorrt.profiles import profile_name
 from mdm.runtime.tensorrt.records import Record, manifests
 
-LONGEST = 1024  # steps of a loop: more than any sampler has
-
 
 class TensorRtBackend:
     """Engines are loaded when first asked for."""
 
     name = "tensorrt"
-    chain = LONGEST
+    chain = MOST_CAPTURED  # a longer loop is several runs
 
     def __init__(
         self,
@@ -83,7 +81,7 @@ class TensorRtBackend:
     def load(self, opened: tuple[Path, Record, mmap] | None, name: str) -> TensorRtGraph:
         # None: it was there a moment ago, and had to go.
         path, record, plan = opened or open_engine(self.bundle, name, self.library.place, self.profile)
-        again = f"{build_command(self.bundle)} --graph {name} --force"
+        again = f"{build_command(self.bundle, self.profile)} --graph {name} --force"
         try:
             with plan:
                 made = self.library.deserialize(plan, record.operators, record.carries_code)

@@ -32,7 +32,7 @@ class Run:
 
     def __init__(self, engine: Engine, shapes: Shapes, chain: Sequence[Addresses]) -> None:
         self.engine, self.shapes, self.chain = engine, shapes, chain
-        self.ran = False  # call by call, since it was last captured
+        self.ran = False  # call by call; not any more when its capture had to make room
 
     def __call__(self) -> None:
         gpu = self.engine.gpu

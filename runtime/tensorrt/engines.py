@@ -16,10 +16,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mdm.plugins.errors import InputError
+from mdm.plugins.errors import InputError, in_one_line
 from mdm.plugins.gpu.driver import Device
 from mdm.runtime.bundle import Bundle
 from mdm.runtime.tensorrt.facts import files_of, shipped_kernels
+from mdm.runtime.tensorrt.profiles import PROFILES
 from mdm.runtime.tensorrt.records import Record, known_records, manifests, read_record
 from mdm.runtime.tensorrt.versions import version_of
 
@@ -73,10 +74,10 @@ def open_engine(
         try:
             return path, record, record.open_engine(path)
         except InputError as error:
-            wrong.append(_in_one_line(error))
+            wrong.append(in_one_line(error))
     raise InputError(
         f"the engine of {_subject(bundle, graph)} is not the file that was built\n{wrong[0]}\n"
-        f"run: {build_command(bundle)} --graph {graph}"
+        f"run: {build_command(bundle, profile)} --graph {graph}"
     )
 
 
@@ -85,9 +86,7 @@ def engines_for(
 ) -> list[tuple[Path, Record]]:
     """Those to choose from, the newest first, by what is known of them: one at least."""
     bundle.graph(graph)
-    build, subject = build_command(bundle), _subject(bundle, graph)
-    if profile is not None:
-        build += f" --profile {shlex.quote(profile)}"
+    build, subject = build_command(bundle, profile), _subject(bundle, graph)
     found, passed_over = _read(bundle, graph)
 
     def refuse(wrong: str, remedy: str = f"run: {build}") -> InputError:
@@ -116,8 +115,11 @@ def engines_for(
     return trusted
 
 
-def build_command(bundle: Bundle) -> str:
-    return f"mdm build {shlex.quote(str(bundle.path))}"
+def build_command(bundle: Bundle, profile: str | None = None) -> str:
+    """`profile`: its name; one that is none of ours came from a file of that name."""
+    file = profile if profile is None or profile in PROFILES else f"{profile}.json"
+    asked = "" if file is None else f" --profile {shlex.quote(file)}"
+    return f"mdm build {shlex.quote(str(bundle.path))}{asked}"
 
 
 def _subject(bundle: Bundle, graph: str) -> str:
@@ -131,13 +133,9 @@ def _read(bundle: Bundle, graph: str) -> tuple[list[tuple[Path, Record]], list[s
         try:
             found.append((engine, read_record(manifest, engine)))
         except InputError as error:
-            passed_over.append(_in_one_line(error))
+            passed_over.append(f"passed over: {in_one_line(error)}")
     found.sort(key=lambda one: one[1].built, reverse=True)
     return found, passed_over
-
-
-def _in_one_line(error: InputError) -> str:
-    return f"passed over: {'; '.join(str(error).splitlines())}"
 
 
 def _is_of(record: Record, bundle: Bundle, graph: str) -> bool:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from mdm.plugins.errors import EngineError, EnvironmentLackError
-from mdm.plugins.tensorrt.node import take_accident
+from mdm.plugins.tensorrt.node import take_error
 from mdm.runtime.tensorrt.engines import place_of
 from mdm.runtime.tensorrt.gpu import Gpu
 from mdm.runtime.tensorrt.versions import Kind, tensorrt_module
@@ -66,10 +66,10 @@ class Library:
 
     def failed(self, what: str) -> EngineError:
         """With what our plugins raised meanwhile, else with TensorRT's last words."""
-        accident = take_accident()
-        if accident is not None and not isinstance(accident, Exception):
-            raise accident  # Ctrl-C, which the bindings keep to themselves
-        said = " ".join(str(accident).split()) if accident is not None else self.log.take()
+        raised = take_error()
+        if raised is not None and not isinstance(raised, Exception):
+            raise raised  # Ctrl-C, which the bindings keep to themselves
+        said = " ".join(str(raised).split()) if raised is not None else self.log.take()
         return EngineError(f"{what}{': ' if said else ''}{said}")
 
 

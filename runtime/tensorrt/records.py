@@ -90,7 +90,7 @@ class Record:
     sha256: str
     bytes: int
     seconds: float  # that the build took
-    built: str  # when, in UTC
+    built: str  # when, in UTC, or when mdm build last found it there: of several engines the newest is run
     contents: Mapping[str, Any]  # layers and plugins, counted, and the kinds of plugins
 
     @classmethod
@@ -140,7 +140,7 @@ class Record:
         return f"{self.facts['gpu']}, TensorRT {self.facts['tensorrt']} on {self.facts['platform']}"
 
     def is_of(self, other: Record) -> bool:
-        """Of the same engine, which may have been built more than once: all but the build's times."""
+        """Of the same engine, which may have been built more than once: all but the times."""
         return replace(self, built=other.built, seconds=other.seconds) == other
 
     def write(self, path: Path) -> None:
@@ -260,6 +260,7 @@ def made_whole(path: Path) -> Iterator[Path]:
     os.close(number)
     try:
         yield Path(partial)
+        os.chmod(partial, 0o644)  # who runs engines may be another user
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)

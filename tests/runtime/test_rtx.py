@@ -29,25 +29,25 @@ HEAD = "import json, sys\nfrom mdm.plugins.errors import MdmError\n"
 
 
 @pytest.fixture(scope="session")
-def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fake_cudart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler here")
     folder = tmp_path_factory.mktemp("cuda")
-    subprocess.run([compiler, "-shared", "-fPIC", RIG / "fake_cuda.c", "-o", folder / "libcuda.so.1"], check=True)
+    subprocess.run([compiler, "-shared", "-fPIC", RIG / "fake_cudart.c", "-o", folder / "libcuda.so.1"], check=True)
     shutil.copy(folder / "libcuda.so.1", folder / "libnvidia-ml.so.1")
     return folder
 
 
 @pytest.fixture(scope="session")
-def child(rig: dict[str, str], fake_cuda: Path) -> Child:
+def child(rig: dict[str, str], fake_cudart: Path) -> Child:
     """child(code, "86,120"): run it where there are such GPUs -> the JSON it prints. Without any: plainly."""
 
     def run(code: str, gpus: str = "", *arguments: Any, driver: bool = True) -> Any:
         command = [sys.executable, "-c", HEAD + code, *map(str, arguments)]
         environment = {**rig, "FAKE_GPUS": gpus}
         if driver:
-            environment["LD_LIBRARY_PATH"] = f"{fake_cuda}{os.pathsep}{rig['LD_LIBRARY_PATH']}"
+            environment["LD_LIBRARY_PATH"] = f"{fake_cudart}{os.pathsep}{rig['LD_LIBRARY_PATH']}"
             command = ["env", "LD_PRELOAD=libcuda.so.1", *command]
         if gpus:
             command = [str(RIG / "with_gpus"), *command]

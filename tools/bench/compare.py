@@ -92,19 +92,19 @@ def compare(deployed: Deployed, seconds: float, compiles: bool, say: Say) -> Rep
     missing: dict[str, str] = {}
     threads, spent, compiling = None, {}, None
     prepared = [deployed.model.prepare(request) for request in deployed.requests]
-    if isinstance(backend, OrtBackend) and not backend.plugin:
+    if not isinstance(backend, OrtBackend) or backend.plugin:
+        missing["products"] = "only ONNX Runtime itself says which products a step has"
+    else:
         say("profile the step")
         profiled = profile(backend, deployed.requests)
         threads, spent = threads_of(profiled), shares(profiled)
-    if not isinstance(backend, OrtBackend) or backend.plugin:
-        missing["products"] = "only ONNX Runtime itself says which products a step has"
-    elif reason := lacking("onnx"):
-        missing["products"] = reason
-    else:
-        say("warm up the products")
-        session, feeds = products_session(products_of(profiled[0]), backend, prepared[0].job.graphs[0])
-        forms["products"] = timed(partial(session.run, None, feeds))
-        forms["products"]()
+        if reason := lacking("onnx"):
+            missing["products"] = reason
+        else:
+            say("warm up the products")
+            session, feeds = products_session(products_of(profiled[0]), backend, prepared[0].job.graphs[0])
+            forms["products"] = timed(partial(session.run, None, feeds))
+            forms["products"]()
     if threads is None or backend.name != "ort-cpu":
         missing |= dict.fromkeys(("torch", "compiled"), "the reference is timed on the CPU alone")
     elif reason := lacking("torch"):

@@ -141,6 +141,8 @@ def command(
     say = teller(as_json)
     runs = Runs(open_bundle(bundle), profile, True)
     chosen = list(dict.fromkeys(tasks)) or list(runs.model.manifest["tasks"])
+    for task in chosen:
+        runs.model.task(task)  # an unknown one is told before anything is built up
     report = {"bundle": str(bundle), "tasks": chosen, "steps": STEPS} | soak(runs, chosen, many, changes, say)
     if as_json:
         print_json(report)

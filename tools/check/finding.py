@@ -36,11 +36,6 @@ def worst_of(verdicts: Iterable[Verdict]) -> Verdict:
     return max(verdicts, key=SEVERITY.index, default=Verdict.SKIPPED)
 
 
-def said_of(error: BaseException) -> str:
-    """Our errors have up to three lines; a finding has one."""
-    return "; ".join(" ".join(line.split()) for line in str(error).splitlines() if line.strip())
-
-
 @dataclass(frozen=True)
 class Difference:
     """How far a tensor is from the true one."""

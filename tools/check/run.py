@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from mdm.plugins.errors import EngineError, InputError, ParityError
+from mdm.plugins.errors import EngineError, InputError, ParityError, in_one_line
 from mdm.runtime.model import Model, modalities_of, pictures_of
 from mdm.runtime.words import nearest
-from mdm.tools.check.finding import LEVELS, OF_RUNS, Finding, Verdict, said_of
+from mdm.tools.check.finding import LEVELS, OF_RUNS, Finding, Verdict
 from mdm.tools.check.fingerprint import fingerprint
 from mdm.tools.check.levels.decoded import check_decoded
 from mdm.tools.check.levels.files import check_files
@@ -137,7 +137,7 @@ def as_finding(report: Report, level: str, unit: str) -> Iterator[None]:
     try:
         yield
     except (EngineError, ParityError) as error:
-        add(report, Finding(level, unit, "", "", Verdict.FAIL, said_of(error)))
+        add(report, Finding(level, unit, "", "", Verdict.FAIL, in_one_line(error)))
 
 
 def add(report: Report, item: Item) -> None:

@@ -41,7 +41,7 @@ class Request:
     operators: dict[str, int]  # of which it is made
     engine: str  # the file to write
     timing: str  # the timing cache: read if it is there, written at the end
-    facts: dict[str, Any]  # what the engine is to be, see facts_of
+    facts: dict[str, Any]  # what the engine is to be: at least what settings_of gives
     library: str | None  # of plugins
 
 

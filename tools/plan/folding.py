@@ -28,7 +28,7 @@ def fold(nodes: Iterable[NodeProto], shapes: Mapping[str, Shape], numbers: dict[
             continue
         try:
             found = rule(node, {a.name: a for a in node.attribute}, shapes, numbers)
-        except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError):  # not known, or not to be computed
+        except (KeyError, IndexError, ValueError, TypeError, ArithmeticError):  # not known, or not to be computed
             continue
         if found.size <= MOST and all(abs(int(n)) < 2**63 for n in found.flat):
             numbers[node.output[0]] = found

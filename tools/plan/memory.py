@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from mdm.plugins.errors import InputError
 from mdm.tools.plan.folding import Shape
-from mdm.tools.plan.tensors import NUMBER, SAID, UNKNOWN, Inferred, Tensor, infer, tensors_of
+from mdm.tools.plan.tensors import NUMBER, SAID, UNKNOWN, Inferred, Tensor, infer, stored, tensors_of
 
 LOOPS = ("Scan", "Loop")
 Inside = Callable[[NodeProto], "Peak"]
@@ -41,7 +41,7 @@ def weights_of(model: ModelProto) -> dict[tuple[str, ...], int]:
     """The bytes of each initializer, by where its values lie: what has two names is there once."""
     found: dict[tuple[str, ...], int] = {}
     for tensor in model.graph.initializer:
-        size = tensors_of(GraphProto(initializer=[tensor]))[tensor.name].bytes
+        size = stored(tensor).bytes
         place = {entry.key: entry.value for entry in tensor.external_data}
         key = (place.get("location", ""), place.get("offset", "0")) if place else ("", tensor.name)
         found[key] = max(found.get(key, 0), size or 0)

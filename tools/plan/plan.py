@@ -78,12 +78,17 @@ def make_plan(bundle: Bundle, graphs: Iterable[str], profiles: Sequence[Profile]
             plan.find(None, str(error))
     for name in graphs:
         model = read_model(bundle, name)
+        held = weights_of(model)
         most = [{i: three[2] for i, three in shapes_of(bundle.manifest, name, one).items()} for one in profiles]
-        made = plan_graph(name, model, most, plan, asked)
+        made = plan_graph(name, model, most, sum(held.values()), plan, asked)
         plan.graphs.append(made)
-        weights |= {key if key[0] else (name, *key): size for key, size in weights_of(model).items()}
+        weights |= {key if key[0] else (name, *key): size for key, size in held.items()}
         if made.workspace > (limit := max(profile.workspace for profile in profiles)):
-            plan.find(name, f"the plugins want a workspace of {made.workspace} bytes\nthe profile gives {limit}")
+            plan.find(
+                name,
+                f"the plugins want a workspace of {made.workspace} bytes\nthe profile gives {limit}: write a larger "
+                '"workspace" in its file, or build with --bodies',
+            )
     plan.distinct = sum(weights.values())
     plan.targets = verdicts(asked)
     return plan
@@ -112,16 +117,17 @@ def _names(model: ModelProto) -> Iterator[str | bytes]:
 
 
 def plan_graph(
-    name: str, model: ModelProto, most: Sequence[Mapping[str, Shape]], plan: Plan, asked: Asked
+    name: str, model: ModelProto, most: Sequence[Mapping[str, Shape]], weights: int, plan: Plan, asked: Asked
 ) -> GraphPlan:
-    """One graph, at the largest shapes of each profile; what is wrong goes into `plan`, what it needs into `asked`."""
+    """One graph, at the largest shapes of each profile; `weights` in bytes. What is wrong goes into `plan`, what it
+    needs into `asked`."""
     parser, find = Parser(model, plan.plugins), partial(plan.find, name)
     placement = parser.place()
     memory = Memory(model, lambda node: parser.by(node) is By.BODY)
     ours = [node for node in model.graph.node if parser.by(node) is By.PLUGIN]
     peaks: list[Peak] = []
     bindings = workspace = 0
-    for sizes in most:
+    for sizes in most:  # types are the same for every profile: the last one's are kept
         inferred = infer(model, sizes)
         peaks.append(memory.peak(inferred))
         bindings = max(bindings, bytes_of((*model.graph.input, *model.graph.output), inferred.tensors))
@@ -143,7 +149,7 @@ def plan_graph(
     if plan.plugins and any(placement.tensorrt[operator] for operator in LOOPS):
         find("a loop is left beside the plugins: a GPU takes its turns one after another", stops=False)
     return GraphPlan(
-        name, len(model.graph.node), placement, boundaries, sum(weights_of(model).values()),
+        name, len(model.graph.node), placement, boundaries, weights,
         max(peaks, key=lambda peak: peak.bytes), bindings, workspace,
     )  # fmt: skip
 

@@ -145,7 +145,7 @@ def advice(plan: Plan) -> Iterator[str]:
     elif any(graph.placement.bodies[SSD_SCAN.name] for graph in plan.graphs):
         yield "The body of a Mamba-2 scan is a loop over chunks of tokens: slower than the plugin."
     if plan.stops and plan.plugins:
-        yield "mdm build would stop. With --bodies it builds the operators' ONNX bodies instead of our plugins."
+        yield "mdm build would stop. If only our plugins are in the way, --bodies builds by the operators' ONNX bodies."
 
 
 def as_values(plan: Plan) -> dict[str, Any]:

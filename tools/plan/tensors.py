@@ -107,9 +107,14 @@ def _write_numbers(graph: GraphProto, numbers: Mapping[str, Numbers], stored: se
         graph.node.extend(left)
 
 
+def stored(tensor: TensorProto) -> Tensor:
+    """What a file says of numbers that it holds, or has beside it."""
+    return Tensor(_type(tensor.data_type), _shape(tensor.dims))
+
+
 def tensors_of(graph: GraphProto) -> dict[str, Tensor]:
     """What a graph says of its values and initializers."""
-    found = {tensor.name: Tensor(_type(tensor.data_type), _shape(tensor.dims)) for tensor in graph.initializer}
+    found = {tensor.name: stored(tensor) for tensor in graph.initializer}
     for spec in _values(graph):
         found[spec.name] = tensor_of(spec.type)
     return found

@@ -23,6 +23,7 @@ from rich.console import Console
 from mdm.plugins import contract
 from mdm.plugins.errors import EnvironmentLackError, InputError, MdmError
 from mdm.plugins.gpu.pack import ARCHITECTURES, PTX, SHIPPED, Pack
+from mdm.runtime.tensorrt.records import made_whole
 from mdm.tools.options import FILE, json_option, print_json
 
 SOURCES = Path(contract.__file__).with_name("tensorrt")
@@ -80,7 +81,8 @@ def build_library(root: Path | None, out: Path) -> str:
                 f"{complaint(compiled.stdout + compiled.stderr)}\n"
                 "another compiler can be named in the variable CXX"
             )
-        publish(Path(folder) / FILE_NAME, out)
+        with made_whole(out) as partial:
+            shutil.copy(Path(folder) / FILE_NAME, partial)  # with its mode: who runs engines may be another user
     return found[1]
 
 
@@ -122,13 +124,3 @@ def complaint(said: str) -> str:
     """The first line in which a compiler or a linker says what is wrong: later ones often follow from it."""
     lines = [line.strip() for line in said.splitlines() if line.strip()] or ["nothing was said"]
     return next((line for line in lines if re.search(r"\berror: |undefined reference", line)), lines[-1])
-
-
-def publish(made: Path, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        shutil.copy(made, partial)  # with its mode: who runs engines may be another user
-        os.replace(partial, out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

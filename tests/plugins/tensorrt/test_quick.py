@@ -20,7 +20,7 @@ from mdm.plugins.errors import EngineError
 from mdm.plugins.gpu.pack import PTX, SHIPPED, Entry, Pack
 from mdm.plugins.gpu.scan import arguments_of
 from mdm.plugins.gpu.variants import KERNELS, Launch, Variant, choose, serves, variants
-from mdm.plugins.tensorrt.ptx import with_parameters
+from mdm.plugins.tensorrt.ptx import for_inputs, with_parameters
 
 Ask = Callable[..., dict[str, Any]]
 # The last is cut into segments elsewhere: two programs of a GPU's 132 multiprocessors.
@@ -164,12 +164,7 @@ def test_every_kernel_fits(pack: Pack) -> None:
 
 def changed(entry: Entry, pack: Pack, inputs: list[str]) -> tuple[str, list[int]]:
     """PTX for these inputs, and the sizes of its parameters."""
-    integers = [argument.name for argument in entry.arguments if argument.kind == "i32"]
-    absent = [a.name for a in entry.arguments if a.kind == "pointer" and a.name not in (*inputs, "y")]
-    text = with_parameters(
-        pack.read(entry, PTX).decode().rstrip("\0"), entry.symbol, [a.name for a in entry.arguments],
-        [*inputs, *integers, "y"], dict.fromkeys(absent, "y"),
-    )  # fmt: skip
+    text, integers = for_inputs(pack, entry, inputs)
     return text, [8] * len(inputs) + [4] * len(integers) + [8]
 
 
@@ -271,7 +266,10 @@ def test_parameters_in_another_order() -> None:
 def test_parameters_that_are_not_so(kernel: Any, given: Any, instead: Mapping[str, str], said: str) -> None:
     with pytest.raises(EngineError, match=f"the PTX of 'scale' {said}"):
         with_parameters(SMALL, "scale", kernel, given, instead)
-    with pytest.raises(EngineError, match="reads its parameter 'x'"):  # not as a load of it
+
+
+def test_a_parameter_read_otherwise_than_by_a_load() -> None:
+    with pytest.raises(EngineError, match="reads its parameter 'x'"):
         with_parameters(SMALL.replace("[scale_param_0]", "[scale_param_0+4]"), "scale", "xnz", "nz", {"x": "z"})
 
 

@@ -106,7 +106,7 @@ def test_a_profile_that_is_asked_for(bundle: Bundle, build: Build) -> None:
     assert find_engine(bundle, GRAPH, H200, "edge") == both
     assert refusal(bundle, profile="a fast one") == (
         f"no engine of graph '{GRAPH}' of bundle 'B' has the profile 'a fast one', only: edge, latency\n"
-        "run: mdm build 'B' --profile 'a fast one'"
+        "run: mdm build 'B' --profile 'a fast one.json'"
     )
 
 
@@ -215,7 +215,7 @@ def test_an_engine_that_was_changed(bundle: Bundle, build: Build) -> None:
         assert find_engine(bundle, GRAPH, H200) == older
     older[0].unlink()
     said = refusal(bundle)
-    assert "is not the file that was built\npassed over: " in said
+    assert "is not the file that was built\n'B/engines/" in said
     assert said.endswith(f"run: mdm build 'B' --graph {GRAPH}")
 
 

@@ -114,7 +114,7 @@ def test_a_standard_that_fails_is_a_finding_and_the_rest_goes_on(exported: Find,
     model = exported("mdm").model
     report = checked(Check(model, Broken(kind("no\nmemory")), ["turn", "joint"]), "steps", "trajectories", "decoded")
     failed = {(f.level, f.subject): f.said for f in report.findings if f.verdict is Verdict.FAIL}
-    assert set(failed.values()) == {"no memory"}
+    assert set(failed.values()) == {"no; memory"}
     assert failed.keys() == {("steps", graph) for graph in model.manifest["graphs"] if graph != "encode_text"} | {
         ("trajectories", "turn")
     }

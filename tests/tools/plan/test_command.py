@@ -255,7 +255,10 @@ def test_a_workspace_that_the_profile_does_not_give(exported: Callable[..., Path
     bundle = exported("dim", mixer="mamba2", state=128, head=32, image_size=96, patch=4, width=32)
     words = ("--graph", "step_image", "--profile", str(small))
     (finding,) = planned(capsys, bundle, *words, code=2)["findings"]
-    assert finding["message"] == "the plugins want a workspace of 2097664 bytes\nthe profile gives 1048576"
+    assert finding["message"] == (
+        "the plugins want a workspace of 2097664 bytes\nthe profile gives 1048576: "
+        'write a larger "workspace" in its file, or build with --bodies'
+    )
 
 
 @pytest.mark.parametrize(

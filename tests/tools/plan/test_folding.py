@@ -87,6 +87,7 @@ def test_shapes_and_constants() -> None:
         node("Mul", ["huge", "huge"], ["y"]),  # no int64
         node("Concat", ["a"] * 30, ["y"], axis=0),  # too many
         node("Gather", ["a", "huge"], ["y"]),
+        node("Unsqueeze", ["a", "huge"], ["y"]),
         node("Slice", ["a", "zero", "huge", "zero", "two"], ["y"]),
         node("Cast", ["a"], ["y"], to=TensorProto.FLOAT),
         node("Add", ["a", "who"], ["y"]),

@@ -14,9 +14,9 @@ import onnx
 from onnx import ModelProto
 
 from mdm.export.truth import Arrays, points_of
-from mdm.plugins.errors import MdmError
+from mdm.plugins.errors import MdmError, in_one_line
 from mdm.runtime.ort import engine_errors
-from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference, said_of
+from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.nodes.bisect import bisect
 from mdm.tools.check.nodes.sessions import session_on
@@ -56,12 +56,12 @@ class Placer:
             try:
                 errors, divergence = self.bisected(graph, inputs)
             except MdmError as error:
-                yield Finding(LEVEL, graph, "nodes", case, Verdict.FAIL, said_of(error))
+                yield Finding(LEVEL, graph, "nodes", case, Verdict.FAIL, in_one_line(error))
                 return
             name = self.standard.model.backend.name
             if divergence and divergence.reproduce and name != DEFAULT:  # elsewhere it may be right
                 divergence = replace(divergence, reproduce=f"{divergence.reproduce} --backend {name}")
-            yield in_one_line(graph, case, errors, divergence)
+            yield summary(graph, case, errors, divergence)
             if divergence or seed == self.standard.seeds[0]:
                 yield errors
             if divergence:
@@ -105,7 +105,7 @@ class Placer:
         return run
 
 
-def in_one_line(graph: str, case: str, errors: BlockErrors, divergence: Divergence | None) -> Finding:
+def summary(graph: str, case: str, errors: BlockErrors, divergence: Divergence | None) -> Finding:
     """The bisection in one line, with the part whose own error is the largest multiple of its floor."""
     times = max((own / floor for own, floor in zip(errors.own, errors.own_floor, strict=True) if floor), default=0.0)
     if divergence is None:

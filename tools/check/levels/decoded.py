@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from mdm.plugins.errors import MdmError
+from mdm.plugins.errors import MdmError, in_one_line
 from mdm.runtime.model import Model
 from mdm.runtime.pictures import to_pixels
-from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference, said_of, worst_of
+from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference, worst_of
 from mdm.tools.check.levels.pictures import picture_faults, psnr, ssim
 from mdm.tools.check.levels.steps import held
 from mdm.tools.check.levels.texts import compare_ids, text_faults, tie_of_logits
@@ -32,7 +32,7 @@ def check_decoded(
         z = engine.end(run)
         found = Decoder(model, by_engine(model.backend))(run.task, run.graph, z)
     except MdmError as error:
-        yield Finding(LEVEL, run.task, "", run.label, Verdict.FAIL, said_of(error))
+        yield Finding(LEVEL, run.task, "", run.label, Verdict.FAIL, in_one_line(error))
         return
     ours, ours_z = None, None
     if run.deployed is not None:

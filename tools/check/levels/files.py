@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mdm.plugins.errors import InputError, MdmError, ParityError
+from mdm.plugins.errors import InputError, MdmError, ParityError, in_one_line
 from mdm.runtime.backend import Backend
 from mdm.runtime.bundle import Bundle, manifest_schema, sha256_of
 from mdm.runtime.consistency import check_model
@@ -21,7 +21,7 @@ from mdm.runtime.json_schema import parse_json, told, validate
 from mdm.runtime.model import MAX_TABLE, makes, modalities_of
 from mdm.runtime.schedule import make_schedule
 from mdm.runtime.solver import ROW, solver_table
-from mdm.tools.check.finding import Array, Finding, Verdict, said_of
+from mdm.tools.check.finding import Array, Finding, Verdict
 
 LEVEL = "files"
 WEIGHTS = "weights.safetensors"  # the checkpoint itself, wherever a bundle has it
@@ -47,7 +47,7 @@ def verdict_of(subject: str, part: str, check: Callable[[], object]) -> Finding:
     try:
         check()
     except MdmError as error:
-        return Finding(LEVEL, subject, part, "", Verdict.FAIL, said_of(error))
+        return Finding(LEVEL, subject, part, "", Verdict.FAIL, in_one_line(error))
     return Finding(LEVEL, subject, part, "", Verdict.PASS)
 
 
@@ -161,7 +161,7 @@ def check_table(bundle: Bundle, file: str, facts: Mapping[str, Any], clock: int,
         rows = solver_table(schedules, clock=clock, upsample={"factor": upsample} if upsample else None, **settings)
         error, said = compare_rows(table.get("rows"), rows, facts["modalities"])
     except MdmError as fault:
-        return Finding(LEVEL, file, "rows", "", Verdict.FAIL, said_of(fault))
+        return Finding(LEVEL, file, "rows", "", Verdict.FAIL, in_one_line(fault))
     verdict = Verdict.PASS if error <= TABLE_LIMIT else Verdict.FAIL
     figures = (("worst coefficient", error),)
     return Finding(LEVEL, file, "rows", "", verdict, said, rows.shape, figures=figures)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdm.plugins.contract import DOMAIN, OPERATORS, SCANS, SHORT_CONV, SSD_SCAN, Operator
-from mdm.plugins.errors import MdmError
+from mdm.plugins.errors import MdmError, in_one_line
 from mdm.runtime.backend import Backend
 from mdm.runtime.bundle import Bundle
 from mdm.runtime.ort import engine_errors
-from mdm.tools.check.finding import Array, Finding, Verdict, difference, said_of
+from mdm.tools.check.finding import Array, Finding, Verdict, difference
 from mdm.tools.check.limits import Multiples
 from mdm.tools.check.nodes.sessions import BODY, forms_on, session_on
 
@@ -113,7 +113,7 @@ def check_one(backend: Backend, multiples: Multiples, subject: Subject, cases: S
 
 
 def failed(subject: str, part: str, case: str, error: Exception) -> Finding:
-    return Finding(LEVEL, subject, part, case, Verdict.FAIL, said_of(error))
+    return Finding(LEVEL, subject, part, case, Verdict.FAIL, in_one_line(error))
 
 
 # --------------------------------------------------------------------------------------------------- what there is

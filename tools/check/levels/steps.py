@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mdm.plugins.errors import MdmError
+from mdm.plugins.errors import MdmError, in_one_line
 from mdm.runtime.model import Model
-from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference, said_of, worst_of
+from mdm.tools.check.finding import Array, Finding, Limits, Verdict, difference, worst_of
 from mdm.tools.check.levels.texts import compare_ids, compare_masks, tie_of, tie_of_logits, unrest_of
 from mdm.tools.check.limits import TIES, Multiples, amounts, table_limits
 from mdm.tools.check.standards.recorded import Spread
@@ -35,7 +35,7 @@ def check_graph(standard: Standard, model: Model, graph: str, multiples: Multipl
             names = [name for name in loaded.outputs if name in case.expected]
             found = dict(zip(names, loaded.run(names, **case.inputs), strict=True))
         except MdmError as error:
-            yield Finding(LEVEL, graph, "", case.label, Verdict.FAIL, said_of(error))
+            yield Finding(LEVEL, graph, "", case.label, Verdict.FAIL, in_one_line(error))
             continue
         for name in sorted(set(case.expected) - set(found)):
             yield Finding(LEVEL, graph, name, case.label, Verdict.FAIL, "the graph has no such output")

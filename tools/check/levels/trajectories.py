@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mdm.plugins.errors import MdmError
-from mdm.tools.check.finding import Array, Difference, Finding, Limits, Verdict, difference, said_of, worst_of
+from mdm.plugins.errors import MdmError, in_one_line
+from mdm.tools.check.finding import Array, Difference, Finding, Limits, Verdict, difference, worst_of
 from mdm.tools.check.levels.texts import compare_masks, tie_of, unrest_of
 from mdm.tools.check.limits import TIES, Multiples, amounts, steadied, table_limits
 from mdm.tools.check.report import Drift
@@ -41,7 +41,7 @@ def check_run(
         walked = walk(run, engine.advance)
         ours = None if run.deployed is None else run.deployed.walk(run)
     except MdmError as error:
-        yield Finding(LEVEL, run.task, "", run.label, Verdict.FAIL, said_of(error))
+        yield Finding(LEVEL, run.task, "", run.label, Verdict.FAIL, in_one_line(error))
         return
     free, forced = errors(run, walked.free), errors(run, walked.forced)
     table, single = table_limits(precision, run=True), [table_limits(precision)] * len(run)

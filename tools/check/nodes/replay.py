@@ -18,6 +18,8 @@ import numpy as np
 from mdm.plugins.errors import EnvironmentLackError, InputError
 from mdm.runtime.backends import BACKENDS, TENSORRT
 from mdm.runtime.ort import PROVIDERS, engine_errors, require_engine, session_options
+from mdm.runtime.rtx import PROVIDER as RTX_PROVIDER
+from mdm.runtime.rtx import use_rtx
 from mdm.runtime.safetensors_header import read_array, read_header
 from mdm.tools.check.finding import Array, Difference, Limits, difference
 from mdm.tools.check.nodes.sessions import BuiltSession
@@ -85,10 +87,16 @@ def run(folder: Path, backend_name: str, feeds: dict[str, Array], wanted: list[s
     import onnxruntime
 
     provider, device = PROVIDERS[backend_name]
-    if provider not in onnxruntime.get_available_providers():
+    by_rtx = provider == RTX_PROVIDER
+    options = session_options(folder, native=device == "cpu" or (looped and not by_rtx))
+    if by_rtx:
+        use_rtx(options, 0, {name: (array.shape, array.shape, array.shape) for name, array in feeds.items()})
+    elif provider not in onnxruntime.get_available_providers():
         raise EnvironmentLackError(f"backend '{backend_name}' needs ONNX Runtime's {provider}, which is not here")
     with engine_errors(f"the model in '{folder}'"):
-        options = session_options(folder, native=looped or device == "cpu")
-        session = onnxruntime.InferenceSession((folder / MODEL).read_bytes(), options, providers=[provider])
+        providers = None if by_rtx else [provider]
+        session = onnxruntime.InferenceSession((folder / MODEL).read_bytes(), options, providers)
+        if provider not in session.get_providers():  # the CPU would be judged in its place
+            raise EnvironmentLackError(f"ONNX Runtime cannot load its {provider}\nmdm doctor says why")
         found: list[Array] = session.run(wanted, feeds)
     return found

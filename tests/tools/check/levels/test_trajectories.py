@@ -151,7 +151,7 @@ def test_an_engine_that_fails_is_a_finding(exported: Find) -> None:
 
     found = checked(exported("mdm"), run_of(exported("mdm")), spoil)
     assert found.findings[""].verdict is Verdict.FAIL
-    assert found.findings[""].said == "graph 'step_joint' failed in ONNX Runtime: no memory"
+    assert found.findings[""].said == "graph 'step_joint' failed; in ONNX Runtime: no memory"
     assert found.drift is None
 
 
